@@ -1,0 +1,72 @@
+"""The protocol of a training backend, and how tensors are laid out over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+class ShardRange(NamedTuple):
+    """Which part of a parameter this rank owns: a contiguous range of the whole tensor, flattened (row major).
+
+    Every backend can say what it owns in these terms, so checkpoints, EMA and export are written once.
+    """
+
+    shape: tuple[int, ...]  # of the whole parameter
+    start: int  # first element owned
+    stop: int  # one past the last; stop == start where the rank owns nothing of it
+
+
+class Booster(Protocol):
+    """A training backend. It owns the wrapped model and its optimizer after `prepare`.
+
+    A backend that cannot honour its config raises ValueError when it is built, not later.
+    """
+
+    dp_rank: int  # which slice of every global batch this process reads
+    dp_size: int  # how many slices there are; under sequence parallelism less than the world size
+
+    def prepare(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
+        """Shard, wrap and move `model` (float32, on the CPU or on ``meta``). Returns: what the step calls."""
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The optimizer's groups; the loop writes ``lr`` into them before every step."""
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around one forward and backward; only the `last` of a step needs to reduce gradients."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of `loss`, a float32 scalar already divided by the accumulation steps."""
+
+    def step(self) -> float:
+        """Average gradients over data-parallel ranks, clip, update, clear them.
+
+        A norm that is not finite leaves weights and optimizer as they were.
+
+        Returns: the global L2 norm of the gradients before clipping, the same on every rank.
+        """
+
+    def ranges(self) -> dict[str, ShardRange]:
+        """What this rank owns, for every trainable parameter by its plain name. Ranks together own all, once."""
+
+    def master_shards(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's float32 weights, flat, laid out as `ranges`; live views. The EMA averages these."""
+
+    def optimizer_shards(self) -> dict[str, dict[str, Tensor]]:
+        """State name (``exp_avg``...) -> parameter name -> float32 tensor, flat as `ranges`; live views.
+
+        Scalars that count (AdamW's ``step``) are tensors of no dimension. Made if no step was taken yet.
+        """
+
+    def refresh(self) -> None:
+        """Make the working weights equal to the masters, after a load wrote into the views."""
+
+    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole CPU tensors from tensors laid out as `ranges`. Returns: {} except on rank 0."""

@@ -1,0 +1,1 @@
+"""Checkpoints: written aside, published by rename, read by range."""

@@ -1,0 +1,1 @@
+"""From a batch of clips and captions to what the denoiser is given."""

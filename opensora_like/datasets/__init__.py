@@ -1,0 +1,1 @@
+"""Tables of clips, the plan of an epoch, and the loader that follows it."""

@@ -1,0 +1,92 @@
+"""The protocols that the rest of the house knows about a model.
+
+Letters of the shape suffixes, everywhere: B batch, C channels, T time, H W space, L tokens, D width, N heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """What a backend must know of a model to cut it up; names are module paths, ``*`` is one index.
+
+    Args:
+        blocks: repeated blocks: units of gradient checkpointing, of sharding (FSDP2) and of compilation,
+            in the order they run, e.g. ``("double_blocks.*", "single_blocks.*")``.
+        attention: modules that call `layers.attention`; their heads are split by tensor and sequence parallelism.
+        column: linears cut along their outputs under tensor parallelism -> sizes of the parts that are each cut
+            (a fused qkv has three), or () for one part.
+        row: linears cut along their inputs -> sizes of the parts of the input, or () for one part.
+        head_counts: attributes to divide by ``tp_size``, ``path.attribute``.
+    """
+
+    blocks: tuple[str, ...]
+    attention: tuple[str, ...] = ()
+    column: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    row: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    head_counts: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A network that predicts the velocity; an ``nn.Module``, built on any device including ``meta``.
+
+    Patchify, position ids and unpatchify live inside, so callers only see latents.
+    """
+
+    condition_names: ClassVar[frozenset[str]] | frozenset[str]  # what `forward` reads from its conditions
+    in_channels: int  # channels of the latents, before patchify
+    patch_size: int  # of H and W; latents' H and W must be multiples of it
+
+    def forward(self, x_BCTHW: Tensor, t_B: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Velocity at `x_BCTHW`.
+
+        Args:
+            t_B: float32 [B] in [0, 1]; 1 is noise.
+            conditions: by the names in `condition_names`; a missing or an unknown one raises ValueError.
+
+        Returns: [B, C, T, H, W] in the dtype of the weights.
+        """
+
+    def parallel_plan(self) -> ParallelPlan: ...
+
+    def set_grad_checkpoint(self, settings: Sequence[int] | bool) -> None:
+        """How many blocks of each kind recompute their activations in the backward pass; True means all."""
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """Pixels in [-1, 1] to latents and back; frozen; an ``nn.Module``."""
+
+    latent_channels: int
+    temporal_stride: int
+    spatial_stride: int
+    is_causal: bool  # the first frame is coded alone: 4k+1 frames give k+1 latent frames
+
+    def encode(self, video_BCTHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents, scaled for the denoiser. With a generator the posterior is sampled, without it is its mean."""
+
+    def decode(self, z_BCTHW: Tensor) -> Tensor:
+        """Pixels, not clipped."""
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents of a clip of this size.
+
+        Raises:
+            ValueError: a size the autoencoder cannot code.
+        """
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Captions to embeddings; frozen; an ``nn.Module``."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """[B, L, D] token embeddings, or [B, D] for an encoder that pools; on the encoder's device."""

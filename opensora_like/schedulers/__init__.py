@@ -1,0 +1,1 @@
+"""How noise and data are mixed (training) and how noise becomes data (sampling)."""
