@@ -1,0 +1,21 @@
+"""Text-to-video on the shapes world: a coloured shape that moves, 16x16 pixels, 5 frames. `make demo` runs it.
+
+torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/demo.py
+Hardware: two CPU cores; float32, because there it is faster than bfloat16. On a GPU: --dtype bf16.
+"""
+
+_base_ = ["../../_base_/run.py", "../../_base_/shapes_model.py"]
+
+dataset = dict(type="video_text", data_path="outputs/demo/clips/meta.csv", fps_in_caption=False)
+bucket_config = {"16px_ar1:1": {5: (1.0, 32)}}
+booster = dict(type="colossalai", plugin="zero2")
+dtype = "fp32"
+optim = dict(type="AdamW", lr=1e-3, weight_decay=0.0)
+steps = 4000
+warmup_steps = 100
+lr_schedule = "cosine"
+grad_clip = 1.0
+ema_decay = 0.999
+dropout_ratio = dict(text=0.1, pooled=0.1)
+num_workers = 1
+exp_name = "demo"

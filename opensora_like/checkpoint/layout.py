@@ -1,0 +1,126 @@
+"""Where checkpoints lie, which are complete, which is the newest, and how one becomes visible."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+NAME = re.compile(r"epoch(\d+)-global_step(\d+)")
+STATE_FILE = "state.json"
+STAGING = ".writing-"
+REPLACED = ".replaced-"
+
+
+def checkpoint_name(epoch: int, step: int) -> str:
+    """Folder name of the checkpoint after update `step`, in `epoch`."""
+    return f"epoch{epoch}-global_step{step}"
+
+
+def step_of(folder: Path) -> int:
+    """The update number in a checkpoint's name."""
+    return int(NAME.fullmatch(folder.name).group(2))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` is a published checkpoint: the right name, and the state file inside."""
+    return bool(NAME.fullmatch(folder.name)) and (folder / STATE_FILE).is_file()
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """All complete checkpoints of a run, oldest update first."""
+    if not run.is_dir():
+        return []
+    return sorted((f for f in run.iterdir() if is_complete(f)), key=lambda f: (step_of(f), f.name))
+
+
+def find_checkpoint(load: str, run: Path) -> Path:
+    """The checkpoint that ``load`` means: a folder, a pattern of folders (the newest), or ``latest`` of `run`.
+
+    Raises:
+        FileNotFoundError: there is none, or it is not complete.
+    """
+    if load == "latest":
+        found = complete_checkpoints(run)
+        if not found:
+            raise FileNotFoundError(f"load='latest': {str(run)!r} has no complete checkpoint; start without --load")
+        return found[-1]
+    if any(c in load for c in "*?["):
+        found = sorted((f for f in Path().glob(load) if is_complete(f)), key=lambda f: (step_of(f), f.name))
+        if not found:
+            raise FileNotFoundError(f"load={load!r} matches no complete checkpoint")
+        return found[-1]
+    folder = Path(load)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load={load!r} is not a folder{_available(folder.parent)}")
+    if not (folder / STATE_FILE).is_file():
+        inside = complete_checkpoints(folder)
+        if inside:
+            return inside[-1]
+        raise FileNotFoundError(
+            f"load={load!r} has no {STATE_FILE}: not a complete checkpoint{_available(folder.parent)}"
+        )
+    return folder
+
+
+def _available(run: Path) -> str:
+    found = [f.name for f in complete_checkpoints(run)]
+    return f"; complete in {str(run)!r}: {found}" if found else ""
+
+
+def staging_folder(run: Path, name: str) -> Path:
+    """Where a checkpoint is written before anybody can see it."""
+    return run / f"{STAGING}{name}"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(run: Path, name: str) -> Path:
+    """Rename the finished staging folder into place; a reader sees all of it or nothing.
+
+    A checkpoint of the same name (an earlier attempt at the same step) is moved aside first and
+    deleted last; `recover` puts it back if a kill comes between.
+    """
+    target, aside = run / name, run / f"{REPLACED}{name}"
+    if target.exists():
+        target.rename(aside)
+    staging_folder(run, name).rename(target)
+    sync_folder(run)
+    if aside.exists():
+        shutil.rmtree(aside)
+    return target
+
+
+def recover(run: Path) -> None:
+    """Undo what a kill left half done: unfinished staging goes, a replaced checkpoint without successor returns."""
+    if not run.is_dir():
+        return
+    for folder in run.iterdir():
+        if folder.name.startswith(REPLACED):
+            target = run / folder.name.removeprefix(REPLACED)
+            if target.exists():
+                shutil.rmtree(folder)
+            else:
+                folder.rename(target)
+        elif folder.name.startswith(STAGING):
+            shutil.rmtree(folder)
+
+
+def remove_old(run: Path, keep: int) -> None:
+    """Delete all but the `keep` newest complete checkpoints; called only after a publish. -1 keeps all."""
+    if keep == -1:
+        return
+    if keep < 1:
+        raise ValueError(f"keep_n_latest={keep} would delete the checkpoint just written; use 1 or more, or -1 for all")
+    for folder in complete_checkpoints(run)[:-keep]:
+        hidden = run / f"{STAGING}removed-{folder.name}"  # renamed first: a kill while deleting leaves no half
+        folder.rename(hidden)
+        shutil.rmtree(hidden)

@@ -1,0 +1,123 @@
+"""Reads weights from whatever holds them, and puts them into a model with a report of every key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opensora_like.checkpoint import layout
+from opensora_like.checkpoint.pieces import PieceReader
+
+Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class LoadReport(NamedTuple):
+    """What happened to every key."""
+
+    loaded: int
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.loaded} tensors loaded, {len(self.missing)} missing {self.missing[:5]}, "
+            f"{len(self.unexpected)} unexpected {self.unexpected[:5]}, "
+            f"{len(self.mismatched)} of another shape {self.mismatched[:5]}"
+        )
+
+
+def read_weights(path: str | Path, *, use_ema: bool = True, where: str = "ckpt_path") -> dict[str, Tensor]:
+    """The weights in a training checkpoint, a safetensors or torch file, or a folder of safetensors shards.
+
+    Args:
+        use_ema: take the moving average of a training checkpoint where it has one.
+        where: the setting that named `path`, for errors.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it holds no weights.
+    """
+    path = _newest(Path(path), where)
+    if (path / layout.STATE_FILE).is_file():
+        reader = PieceReader(path)
+        kind = "ema" if use_ema and "ema" in reader.kinds() else "master"
+        return {name: reader.read_whole(kind, name) for name in reader.names(kind)}
+    if path.is_dir():
+        return _read_folder(path, where)
+    return _read_file(path, where)
+
+
+def _newest(path: Path, where: str) -> Path:
+    """`path` itself, or the newest checkpoint that it means (a pattern, or the folder of a run)."""
+    if any(c in str(path) for c in "*?[") or (path.is_dir() and layout.complete_checkpoints(path)):
+        return layout.find_checkpoint(str(path), path)
+    if not path.exists():
+        raise FileNotFoundError(f"{where}={str(path)!r} does not exist")
+    return path
+
+
+def _read_folder(path: Path, where: str) -> dict[str, Tensor]:
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        files = [path / name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{where}={str(path)!r} is a folder without {layout.STATE_FILE} and without *.safetensors")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights.update(_read_file(file, where))
+    return weights
+
+
+def _read_file(path: Path, where: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{where}: {str(path)!r} does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except Exception as problem:  # safetensors has its own error type
+            raise ValueError(f"{where}={str(path)!r} is not a readable safetensors file: {problem}") from problem
+    if path.suffix in (".pt", ".pth", ".bin"):
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    raise ValueError(f"{where}={str(path)!r}: weights are read from .safetensors, .pt, .pth, .bin or a folder")
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str, strict: bool = True) -> LoadReport:
+    """Copy `weights` into `model`.
+
+    Args:
+        where: the setting and path they come from, for errors.
+        strict: False lets keys be missing, unexpected or of another shape, and reports them.
+
+    Returns: the report; the caller logs it.
+
+    Raises:
+        ValueError: strict and not every key fits, or not strict and none does.
+    """
+    own = model.state_dict()
+    mismatched = [
+        f"{n}: {tuple(w.shape)} given, {tuple(own[n].shape)} here"
+        for n, w in weights.items()
+        if n in own and w.shape != own[n].shape
+    ]
+    fitting = {n: w for n, w in weights.items() if n in own and w.shape == own[n].shape}
+    report = LoadReport(
+        len(fitting), sorted(set(own) - set(weights)), sorted(set(weights) - set(own)), sorted(mismatched)
+    )
+    if not fitting or (strict and (report.missing or report.unexpected or report.mismatched)):
+        raise ValueError(f"{where} does not fit the model: {report}")
+    with torch.no_grad():
+        for name, weight in fitting.items():
+            own[name].copy_(weight)
+    return report

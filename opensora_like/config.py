@@ -1,0 +1,257 @@
+"""Reads a config: files, then the command line, then every check; explains it and writes it back."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pprint
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmengine.registry import Registry
+
+from opensora_like.config_file import Layer, last_setter, read_layers, set_path, split_arguments
+from opensora_like.registry import fit, fit_arguments, hints_of, nearest, parameters_of, resolve
+from opensora_like.settings import SECTIONS, SHORTHANDS, KeyPath, Optim, RunConfig
+
+Schema = TypeVar("Schema")
+
+
+class FrozenDict(dict):
+    """A dict that says no to changes, so that nothing edits a config while it trains."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("a config is frozen once it is read; make a dict(...) of this section and change the copy")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = _refuse
+
+    def __reduce__(self) -> tuple:
+        return FrozenDict, (dict(self),)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A config and where its values come from."""
+
+    config: Any
+    layers: list[Layer]
+
+    def explain(self, key: str) -> str:
+        """One line that says what `key` is and which file or flag set it.
+
+        Raises:
+            ValueError: there is no such key.
+        """
+        path = tuple(key.removeprefix("--").replace("-", "_").split("."))
+        path = SHORTHANDS.get(path[0], path) if len(path) == 1 else path
+        value: Any = dataclasses.asdict(self.config)
+        for depth, name in enumerate(path):
+            known = {str(k): k for k in value} if isinstance(value, Mapping) else {}
+            if name not in known:
+                above = ".".join(path[:depth]) or type(self.config).__name__
+                raise ValueError(f"--explain {key}: {above} has no {name!r}; {nearest(name, known)}")
+            value = value[known[name]]
+        spellings = [path, *((short,) for short, target in SHORTHANDS.items() if target == path)]
+        setters = [s for s in (last_setter(self.layers, p) for p in spellings) if s]
+        source = max(setters)[1] if setters else f"default of {type(self.config).__name__}"
+        return f"{'.'.join(path)} = {value!r}  ({source})"
+
+
+def read_config(path: str | Path, arguments: Sequence[str] = (), *, schema: type[Schema] = RunConfig) -> Explained:
+    """Read a config file and the command line over it; check every key, name and type.
+
+    Args:
+        arguments: ``--a.b value``, ``--a.b=value``, ``a.b=value`` and bare ``--flag``.
+        schema: `RunConfig` or `InferenceConfig`.
+
+    Raises:
+        FileNotFoundError: the file or a base of it.
+        ValueError: anything unknown, misspelt or of another type; the message has the nearest names.
+    """
+    settings, layers = read_layers(Path(path))
+    _import_custom(settings.get("custom_imports"))
+    settings = {**_section_defaults(schema), **_plain(settings)}
+    flags: dict[KeyPath, str] = {}
+    for key, words in split_arguments(arguments):
+        set_to = set_path(settings, key, words, lambda p, s: _hint_of(p, s, schema))
+        flags[tuple(map(str, set_to))] = f"--{key} {' '.join(words)}".strip()
+    layers = [*layers, Layer("command line", flags)]
+    _apply_shorthands(settings, layers, schema)
+    _check_keys(settings, schema, path)
+    values = _fit_fields(settings, schema)
+    _check_sections(values)
+    config = schema(**{k: _freeze(v) for k, v in values.items()})
+    return Explained(config, layers)
+
+
+def _section_defaults(schema: type) -> dict[str, Any]:
+    """Sections that a config need not mention, so that an override can reach into them."""
+    return {f.name: f.default_factory() for f in dataclasses.fields(schema) if f.default_factory is not MISSING}
+
+
+def _import_custom(custom: Any) -> None:
+    """Import user modules before names are looked up; also mmengine's ``dict(imports=[...])``."""
+    modules = custom.get("imports", []) if isinstance(custom, Mapping) else custom or []
+    for name in [modules] if isinstance(modules, str) else modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as problem:
+            if problem.name != name.split(".")[0] and problem.name != name:
+                raise  # the module exists, something that it needs does not
+            raise ValueError(
+                f"custom_imports: there is no module {name!r}; run from its folder, or put that on PYTHONPATH"
+            ) from problem
+
+
+def _plain(value: Any) -> Any:
+    """A deep copy in plain dicts, without merge marks."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if k != "_delete_"}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(v) for v in value)
+    return value
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({k: _freeze(v) for k, v in value.items()})
+    return value
+
+
+def _hint_of(path: KeyPath, settings: Mapping, schema: type) -> Any:
+    """Type of the field at `path`; ValueError with the nearest names if there is none."""
+    top = path[0]
+    fields = hints_of(schema)
+    if len(path) == 1:
+        if top in SHORTHANDS:
+            return Any if SHORTHANDS[top][0] != "optim" else hints_of(Optim)[SHORTHANDS[top][1]]
+        if top not in fields:
+            raise ValueError(f"--{top}: no such setting; {nearest(str(top), {*fields, *SHORTHANDS})}")
+        return fields[top]
+    if top not in fields:
+        raise ValueError(f"--{'.'.join(map(str, path))}: no section {top!r}; {nearest(str(top), fields)}")
+    depth, cls = _section_class(path, settings)
+    if cls is None or len(path) > depth + 1:
+        if top == "bucket_config" and len(path) == 3:
+            return tuple
+        return float if top in ("condition_config", "dropout_ratio") else Any
+    known = parameters_of(cls)
+    if path[depth] == "type":
+        return str
+    if path[depth] not in known:
+        where = ".".join(map(str, path[:depth]))
+        raise ValueError(f"--{where}.{path[depth]}: no such argument of it; {nearest(str(path[depth]), known)}")
+    return hints_of(cls).get(path[depth], Any)
+
+
+def _section_class(path: KeyPath, settings: Mapping) -> tuple[int, Any]:
+    """How deep the section is that `path` goes into, and the class that its arguments belong to (or None)."""
+    depth = 2 if path[0] == "encoders" else 1
+    registry, _ = SECTIONS.get("encoders.*" if depth == 2 else path[0], (None, ()))
+    section: Any = settings
+    for name in path[:depth]:
+        section = section.get(name, {}) if isinstance(section, Mapping) else {}
+    if path[0] == "optim":
+        return depth, Optim
+    if registry is None or len(path) <= depth or not isinstance(section, Mapping) or "type" not in section:
+        return depth, None
+    return depth, resolve(section["type"], registry, where=".".join(map(str, path[:depth])))
+
+
+def _apply_shorthands(settings: dict, layers: Sequence[Layer], schema: type) -> None:
+    """Move top-level shorthands to the field they stand for; the later of the two wins."""
+    for short, target in SHORTHANDS.items():
+        if short not in settings:
+            continue
+        value = settings.pop(short)
+        section, leaf = target
+        if section not in hints_of(schema):
+            raise ValueError(f"{short}={value!r}: {schema.__name__} has no {section!r} that it could set")
+        place = settings.get(section)
+        if not isinstance(place, dict):
+            raise ValueError(f"{short}={value!r} sets {'.'.join(target)}, but {section}={place!r} is not a dict")
+        own, other = last_setter(layers, (short,)), last_setter(layers, target)
+        number, where = own or (len(layers), "")
+        other_number, other_where = other or (-1, "")
+        if leaf in place and number == other_number and place[leaf] != value:
+            raise ValueError(
+                f"{where} sets {short}={value!r}, {other_where} sets {'.'.join(target)}={place[leaf]!r}; keep one"
+            )
+        if leaf not in place or number >= other_number:
+            place[leaf] = value
+
+
+def _default(schema: type, name: str) -> Any:
+    spec = next(f for f in dataclasses.fields(schema) if f.name == name)
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()
+
+
+def _check_keys(settings: Mapping, schema: type, path: str | Path) -> None:
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    for name in settings:
+        if name not in fields:
+            raise ValueError(f"{path}: unknown setting {name!r}; {nearest(str(name), {*fields, *SHORTHANDS})}")
+    missing = [n for n, f in fields.items() if n not in settings and f.default is f.default_factory is MISSING]
+    if missing:
+        raise ValueError(f"{path}: {missing} not set; inherit them with _base_ or write them down")
+
+
+def _fit_fields(settings: Mapping, schema: type) -> dict[str, Any]:
+    hints = hints_of(schema)
+    values = {f.name: _default(schema, f.name) for f in dataclasses.fields(schema)}
+    values.update(settings)
+    if isinstance(values.get("custom_imports"), Mapping):
+        values["custom_imports"] = list(values["custom_imports"].get("imports", []))
+    if isinstance(values.get("bucket_config"), Mapping):
+        values["bucket_config"] = {
+            r: {_as_int(k): v for k, v in t.items()} if isinstance(t, Mapping) else t
+            for r, t in values["bucket_config"].items()
+        }
+    return {name: fit(value, hints[name], name) for name, value in values.items()}
+
+
+def _as_int(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isdigit() else key
+
+
+def _check_sections(values: dict[str, Any]) -> None:
+    """Check the arguments of every section that names a class; convert them where the class asks for it."""
+    if "optim" in values:
+        section = {"type": "AdamW", **values["optim"]}
+        checked = fit_arguments(Optim, section, where="optim")
+        checked["type"] = fit(section["type"], hints_of(Optim)["type"], "optim.type")
+        values["optim"] = dataclasses.asdict(Optim(**checked))
+    for name, (registry, given) in SECTIONS.items():
+        top = name.split(".")[0]
+        if top not in values:
+            continue
+        sections = {f"{top}.{k}": v for k, v in values[top].items()} if "*" in name else {top: values[top]}
+        for where, section in sections.items():
+            checked = _check_section(section, registry, where, given)
+            if "*" in name:
+                values[top][where.split(".", 1)[1]] = checked
+            else:
+                values[top] = checked
+
+
+def _check_section(section: Any, registry: Registry, where: str, given: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(section, Mapping) or "type" not in section:
+        raise ValueError(f"{where}={section!r} needs a 'type', one of the names in {registry.name.upper()}S")
+    cls = resolve(section["type"], registry, where=where)
+    takes = {n: None for n in given if n in parameters_of(cls)}
+    return {"type": section["type"], **fit_arguments(cls, section, where=where, given=takes)}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings in plain dicts, as they would be written in a file."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def config_text(config: Any) -> str:
+    """The resolved config as a file that can be read back."""
+    lines = [f'"""Resolved {type(config).__name__}: every setting of a run. It can be given as a config itself."""\n']
+    for name, value in to_dict(config).items():
+        lines.append(f"{name} = {pprint.pformat(value, width=110, sort_dicts=False)}")
+    return "\n".join(lines) + "\n"

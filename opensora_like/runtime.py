@@ -1,0 +1,217 @@
+"""The process a run lives in: process group, device, logger, metric writers, and the wish to stop."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+logger = logging.getLogger("opensora_like")
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(*, timeout_minutes: float = 30.0) -> Runtime:
+    """Join the process group that torchrun describes; under plain python, a group of one.
+
+    Raises:
+        RuntimeError: more processes on this machine than GPUs, where there are GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                f"use --nproc_per_node {torch.cuda.device_count()} or fewer"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_up_logging(runtime: Runtime, log_file: Path | None = None) -> None:
+    """One line per event on stderr, and in `log_file`, from rank 0; other ranks only warn."""
+    logger.setLevel(logging.INFO if runtime.is_main else logging.WARNING)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    line = "%(asctime)s %(levelname)s %(message)s"
+    if not runtime.is_main:
+        line = f"%(asctime)s rank {runtime.rank} %(levelname)s %(message)s"
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file is not None and runtime.is_main:
+        handlers.append(logging.FileHandler(log_file))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's text, on every rank."""
+    box = [text]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise mean of a float tensor over all ranks."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 ask for a checkpoint and an end; all ranks answer at the same step.
+
+    One rank may be told and the others not, so the wish is spread by an all-reduce that runs beside the
+    step and is read one step later: it costs no waiting.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._flag = torch.zeros(1)
+        self._work: dist.Work | None = None
+        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def agreed(self) -> bool:
+        """Call once per step on every rank. Returns: True on all of them at once, when any was asked."""
+        if self._group is None:
+            return self.received is not None
+        stop = False
+        if self._work is not None:
+            self._work.wait()
+            stop = bool(self._flag.item())
+        self._flag = torch.tensor([float(self.received is not None)])
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return stop
+
+    def close(self) -> None:
+        """Give the signals back and wait for what is in flight."""
+        if self._work is not None:
+            self._work.wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class MetricWriter(Protocol):
+    """Takes the numbers of one step."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """One JSON object per line in `path`.
+
+    Args:
+        resume_step: rows of later steps are cut off first: they belong to steps that will be run again.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+        kept: list[str] = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        row = {"step": step, **{k: v if not _not_finite(v) else str(v) for k, v in values.items()}}
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _step_of(line: str) -> float:
+    """Step of a row; a line cut by a kill counts as after everything, so it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
+
+
+class TensorboardWriter:
+    """Tensorboard events in `folder`; rows after `resume_step` are hidden on resume."""
+
+    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """A Weights & Biases run, continued under the same id on resume."""
+
+    def __init__(self, folder: Path, *, project: str, name: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as problem:
+            raise ValueError("wandb=True, but wandb is not installed; pip install wandb, or --wandb False") from problem
+        run_id = "".join(c if c.isalnum() else "-" for c in name)
+        self._run = wandb.init(project=project, name=name, id=run_id, dir=str(folder), config=config, resume="allow")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,293 @@
+"""From a config to a run that is ready to start."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from opensora_like import runtime as rt
+from opensora_like.boosters.base import Booster
+from opensora_like.checkpoint import layout
+from opensora_like.checkpoint.manager import CheckpointManager, TrainState, check_order, read_state
+from opensora_like.checkpoint.weights import load_weights, read_weights
+from opensora_like.conditioning.encode import Encode
+from opensora_like.config import config_text, to_dict
+from opensora_like.datasets.batch import Batch
+from opensora_like.datasets.loader import BadSampleLog, make_loader
+from opensora_like.datasets.plan import Position, order_key, rank_stream, steps_in_epoch
+from opensora_like.datasets.video_text import VideoText
+from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
+from opensora_like.registry import BOOSTERS, DATASETS, MODELS, SCHEDULERS, build
+from opensora_like.runtime import Runtime, logger
+from opensora_like.settings import RunConfig
+from opensora_like.training.ema import EMA
+from opensora_like.training.optim import optimizer_factory
+from opensora_like.training.step import FlowMatchingStep
+from opensora_like.training.trainer import Run, Schedule
+
+
+def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
+    """Build everything, load what `cfg.load` names, and stand at the first step to make.
+
+    Args:
+        config_name: path of the config file, for the default name of the run.
+
+    Raises:
+        ValueError: settings that do not fit each other, the data or the checkpoint.
+        FileNotFoundError: a table, a file of weights or a checkpoint that is not there.
+    """
+    folder = open_run_folder(cfg, runtime, config_name)
+    rt.set_up_logging(runtime, folder / "log.txt")
+    model = build_model(cfg)
+    autoencoder, encoders = build_frozen(cfg, runtime.device)
+    dataset = build(
+        cfg.dataset,
+        DATASETS,
+        where="dataset",
+        bucket_config=cfg.bucket_config,
+        multiple=autoencoder.spatial_stride * model.patch_size,
+        seed=cfg.seed,
+    )
+    encode = Encode(
+        model,
+        autoencoder,
+        encoders,
+        seed=cfg.seed,
+        device=runtime.device,
+        dropout_ratio=cfg.dropout_ratio,
+        condition_config=cfg.condition_config,
+        guidance=cfg.guidance,
+        sample_posterior=cfg.sample_posterior,
+    )
+    booster = build_booster(cfg, runtime)
+    wrapped = booster.prepare(model, optimizer_factory(cfg.optim, device=runtime.device))
+    for group in booster.param_groups:
+        group["base_lr"] = cfg.optim["lr"]
+    ema = EMA(booster, cfg.ema_decay) if cfg.ema_decay is not None else None
+    schedule = make_schedule(cfg, dataset, booster)
+    order = order_key(dataset.table, dataset.buckets, fps_max=dataset.fps_max, seed=cfg.seed)
+    checkpoints = CheckpointManager(
+        folder,
+        booster,
+        ema=ema.shards if ema else None,
+        config_text=config_text(cfg),
+        keep_n_latest=cfg.keep_n_latest,
+        order=order,
+        about={"world_size": runtime.world_size, "booster": dict(cfg.booster), "dtype": cfg.dtype, "seed": cfg.seed},
+    )
+    state = load_state(cfg, folder, checkpoints, order, micro_per_step=booster.dp_size * cfg.accumulation_steps)
+    log_summary(cfg, runtime, dataset, model, schedule, state)
+    return Run(
+        runtime=runtime,
+        schedule=schedule,
+        booster=booster,
+        step_fn=FlowMatchingStep(
+            wrapped,
+            encode,
+            build(cfg.scheduler, SCHEDULERS, where="scheduler"),
+            seed=cfg.seed,
+            dtype=rt.DTYPES[cfg.dtype],
+            no_i2v_ref_loss=cfg.no_i2v_ref_loss,
+        ),
+        batches=batches_from(cfg, runtime, dataset, booster, state),
+        plan_of=dataset.plan,
+        checkpoints=checkpoints,
+        writers=make_writers(cfg, runtime, folder, state.step),
+        ema=ema,
+        state=state,
+        on_batch=BadSampleLog(folder / "bad_samples.jsonl", max_bad_fraction=cfg.max_bad_fraction).record,
+        folder=folder,
+    )
+
+
+def run_name(cfg: RunConfig, config_name: str) -> str:
+    """``exp_name``, or date, time and the config's path below configs/."""
+    if cfg.exp_name:
+        return cfg.exp_name
+    parts = Path(config_name).with_suffix("").parts
+    below = parts[parts.index("configs") + 1 :] if "configs" in parts else parts[-1:]
+    return f"{time.strftime('%y%m%d_%H%M%S')}-{'_'.join(below)}"
+
+
+def open_run_folder(cfg: RunConfig, runtime: Runtime, config_name: str) -> Path:
+    """Make the run's folder, refuse one that is in use or holds another run's checkpoints, write the config.
+
+    Raises:
+        ValueError: ``load='latest'`` without a name, or a folder with checkpoints and no ``load``.
+        RuntimeError: another process trains in this folder.
+    """
+    if cfg.load == "latest" and not cfg.exp_name:
+        raise ValueError("load='latest' looks in the run's own folder; say which with --exp-name")
+    folder = Path(cfg.outputs) / rt.broadcast_text(run_name(cfg, config_name))
+    problem = ""
+    if runtime.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = _occupied(folder)
+        if not problem:
+            layout.recover(folder)
+            found = layout.complete_checkpoints(folder)
+            if found and cfg.load is None:
+                problem = (
+                    f"{str(folder)!r} already holds {found[-1].name}; continue it with --load latest, "
+                    "or choose another --exp-name"
+                )
+            else:
+                (folder / "config.py").write_text(config_text(cfg))
+    if problem := rt.broadcast_text(problem):
+        raise ValueError(problem)
+    return folder
+
+
+_LOCKS: dict[Path, TextIO] = {}  # open files keep their lock until the process ends
+
+
+def _occupied(folder: Path) -> str:
+    """Take the folder's lock. Returns: what is wrong, "" if nothing."""
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return f"another run is training in {str(folder)!r}; stop it, or choose another --exp-name"
+    _LOCKS[folder] = lock
+    return ""
+
+
+def build_model(cfg: RunConfig) -> Denoiser:
+    """The denoiser in float32 on the CPU, the same on every rank, with published weights where asked for."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        model = build(cfg.model, MODELS, where="model")
+    if model.from_pretrained:
+        weights = read_weights(model.from_pretrained, where="model.from_pretrained")
+        where = f"model.from_pretrained={model.from_pretrained!r}"
+        logger.info("%s: %s", where, load_weights(model, weights, where=where, strict=model.strict_load))
+    return model
+
+
+def build_frozen(cfg: RunConfig, device: torch.device) -> tuple[Autoencoder, dict[str, TextEncoder]]:
+    """Autoencoder and text encoders, frozen, on the device."""
+    autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder")
+    encoders = {name: build(c, MODELS, where=f"encoders.{name}") for name, c in cfg.encoders.items()}
+    for module in (autoencoder, *encoders.values()):
+        module.requires_grad_(False).eval().to(device)
+    return autoencoder, encoders
+
+
+def build_booster(cfg: RunConfig, runtime: Runtime) -> Booster:
+    """The training backend of `cfg.booster`."""
+    return build(
+        cfg.booster, BOOSTERS, where="booster", device=runtime.device, dtype=cfg.dtype, grad_clip=cfg.grad_clip
+    )
+
+
+def make_schedule(cfg: RunConfig, dataset: VideoText, booster: Booster) -> Schedule:
+    """Total steps from `steps`, or from `epochs` where every epoch has the same number of them.
+
+    Raises:
+        ValueError: an accumulation below 1, or a cosine schedule whose end cannot be known.
+    """
+    if cfg.accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps={cfg.accumulation_steps} must be 1 or more")
+    total = cfg.steps
+    if total is None and dataset.buckets.always_keeps:
+        total = cfg.epochs * steps_in_epoch(len(dataset.plan(0)), booster.dp_size * cfg.accumulation_steps)
+    if total is None and cfg.lr_schedule == "cosine":
+        raise ValueError(
+            "lr_schedule='cosine' needs the number of steps, which keep probabilities below 1 leave open; set --steps"
+        )
+    return Schedule(
+        total_steps=total,
+        epochs=cfg.epochs,
+        accumulation_steps=cfg.accumulation_steps,
+        warmup_steps=cfg.warmup_steps,
+        lr_schedule=cfg.lr_schedule,
+        log_every=cfg.log_every,
+        ckpt_every=cfg.ckpt_every,
+    )
+
+
+def load_state(
+    cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, order: Mapping[str, Any], *, micro_per_step: int
+) -> TrainState:
+    """Load `cfg.load` into weights, optimizer and EMA. Returns: where the run stands.
+
+    ``start_epoch`` and ``start_step`` keep all of that and move the data only.
+    """
+    restart = cfg.start_epoch is not None or cfg.start_step is not None
+    if cfg.load is None:
+        if restart:
+            raise ValueError("start_epoch and start_step move the data of a loaded checkpoint; give --load as well")
+        return TrainState()
+    source = layout.find_checkpoint(cfg.load, folder)
+    if not restart:
+        check_order(read_state(source), order, source)
+    state = checkpoints.load(source)
+    if restart:
+        state.epoch, state.micro_batch = cfg.start_epoch or 0, (cfg.start_step or 0) * micro_per_step
+    logger.info("loaded %s: step %d epoch %d micro_batch %d", source, state.step, state.epoch, state.micro_batch)
+    return state
+
+
+def batches_from(
+    cfg: RunConfig, runtime: Runtime, dataset: VideoText, booster: Booster, state: TrainState
+) -> Iterator[Batch]:
+    """This rank's batches from the state's position on, without end."""
+    micro_batches = rank_stream(
+        dataset.plan,
+        Position(state.epoch, state.micro_batch),
+        dp_rank=booster.dp_rank,
+        dp_size=booster.dp_size,
+        accumulation=cfg.accumulation_steps,
+    )
+    return make_loader(
+        dataset,
+        micro_batches,
+        num_workers=cfg.num_workers,
+        prefetch_factor=cfg.prefetch_factor,
+        pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def make_writers(cfg: RunConfig, runtime: Runtime, folder: Path, step: int) -> list[rt.MetricWriter]:
+    """Metric writers of rank 0; rows after `step` of an earlier attempt are dropped."""
+    if not runtime.is_main:
+        return []
+    writers: list[rt.MetricWriter] = [rt.JsonlWriter(folder / "metrics.jsonl", resume_step=step)]
+    if cfg.tensorboard:
+        writers.append(rt.TensorboardWriter(folder / "tensorboard", resume_step=step))
+    if cfg.wandb:
+        settings = json.loads(json.dumps(to_dict(cfg), default=str))
+        writers.append(rt.WandbWriter(folder, project=cfg.wandb_project, name=folder.name, config=settings))
+    return writers
+
+
+def log_summary(
+    cfg: RunConfig, runtime: Runtime, dataset: VideoText, model: Denoiser, schedule: Schedule, state: TrainState
+) -> None:
+    """One line each for data, model and schedule."""
+    plan = dataset.plan(state.epoch)
+    micro_per_step = runtime.world_size * cfg.accumulation_steps
+    logger.info(
+        "data rows %d micro_batches %d steps_per_epoch %d workers %d",
+        dataset.table.num_rows,
+        len(plan),
+        steps_in_epoch(len(plan), micro_per_step),
+        cfg.num_workers,
+    )
+    trainable = sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad)
+    logger.info("model %s parameters %d dtype %s", cfg.model["type"], trainable, cfg.dtype)
+    logger.info(
+        "run device %s world_size %d booster %s from step %d to %s",
+        runtime.device,
+        runtime.world_size,
+        dict(cfg.booster),
+        state.step,
+        schedule.total_steps if schedule.total_steps is not None else f"the end of epoch {schedule.epochs}",
+    )

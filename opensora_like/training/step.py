@@ -1,0 +1,79 @@
+"""One forward of flow matching: a batch in, a float32 loss out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opensora_like import rng
+from opensora_like.conditioning.encode import Encode, Inputs
+from opensora_like.datasets.batch import Batch
+
+
+class Scheduler(Protocol):
+    """What the step needs of a noise schedule; see schedulers/flow_matching.py."""
+
+    def draw_t(self, generators: list[torch.Generator], latent_shape: tuple[int, int, int]) -> Tensor: ...
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor: ...
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor: ...
+
+    def weight(self, t_B: Tensor) -> Tensor: ...
+
+
+class FlowMatchingStep:
+    """Velocity regression at a drawn time, for text-to-video and for given frames alike.
+
+    Args:
+        model: called as ``model(x_BCTHW, t_B, conditions)``; the booster's wrapped denoiser.
+        dtype: of the inputs at the model's door; t stays float32.
+        no_i2v_ref_loss: leave given frames out of the loss.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+        encode: Encode,
+        scheduler: Scheduler,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        no_i2v_ref_loss: bool = False,
+    ) -> None:
+        self.model, self.encode, self.scheduler = model, encode, scheduler
+        self._seed, self._dtype, self._skip_given = seed, dtype, no_i2v_ref_loss
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Mean loss of the micro-batch. Returns: float32 scalar."""
+        inputs = self.encode(batch)
+        x0 = inputs.x0_BCTHW
+        times = [rng.generator(self._seed, "t", batch.epoch, row) for row in batch.rows]
+        t_B = self.scheduler.draw_t(times, tuple(x0.shape[2:])).to(x0.device)
+        noise = draw_noise(x0.shape, self._seed, batch.epoch, batch.rows, device=x0.device)
+        x_t = self.scheduler.add_noise(x0, noise, t_B)
+        conditions = {k: v.to(self._dtype) for k, v in inputs.conditions.items()}
+        prediction = self.model(x_t.to(self._dtype), t_B, conditions)
+        return self._loss(prediction, self.scheduler.target(x0, noise), t_B, inputs)
+
+    def _loss(self, prediction: Tensor, target: Tensor, t_B: Tensor, inputs: Inputs) -> Tensor:
+        error_BCTHW = (prediction.float() - target).square()
+        weight_B = self.scheduler.weight(t_B)
+        if inputs.given_BT is None or not self._skip_given:
+            return (error_BCTHW.mean(dim=(1, 2, 3, 4)) * weight_B).mean()
+        free_BT = (~inputs.given_BT).to(error_BCTHW)
+        per_frame_BT = error_BCTHW.mean(dim=(1, 3, 4))
+        per_sample_B = (per_frame_BT * free_BT).sum(1) / free_BT.sum(1).clamp(min=1)
+        return (per_sample_B * weight_B).mean()
+
+
+def draw_noise(shape: torch.Size, seed: int, epoch: int, rows: list[int], *, device: torch.device) -> Tensor:
+    """Standard normal noise of each sample from its own counter. Returns: float32 of `shape`, on `device`."""
+    noise = torch.empty(shape, device=device)
+    for place, row in zip(noise, rows, strict=True):
+        generator = rng.generator(seed, "noise", epoch, row, device=device)
+        torch.randn(place.shape, generator=generator, device=device, out=place)
+    return noise

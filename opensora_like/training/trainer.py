@@ -1,0 +1,210 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from opensora_like.boosters.base import Booster
+from opensora_like.checkpoint.manager import CheckpointManager, TrainState
+from opensora_like.datasets.batch import Batch
+from opensora_like.datasets.plan import EpochPlan, Position, advance
+from opensora_like.runtime import MetricWriter, Runtime, StopSignal, logger, mean_over_ranks
+from opensora_like.training.ema import EMA
+from opensora_like.training.optim import lr_factor
+
+
+@dataclass
+class Schedule:
+    """What is due when, in updates.
+
+    Args:
+        total_steps: updates in all; the loop ends there. None: it ends after `epochs`, whose number of steps
+            depends on draws.
+        accumulation_steps: micro-batches per rank and update.
+        warmup_steps, lr_schedule: of the learning rate.
+        ckpt_every: 0 saves at the end only.
+    """
+
+    total_steps: int | None
+    epochs: int
+    accumulation_steps: int
+    warmup_steps: int
+    lr_schedule: str
+    log_every: int
+    ckpt_every: int
+
+    def is_done(self, state: TrainState) -> bool:
+        """Whether the last update was made."""
+        return state.epoch >= self.epochs if self.total_steps is None else state.step >= self.total_steps
+
+
+@dataclass
+class Run:
+    """Everything a loop needs, built."""
+
+    runtime: Runtime
+    schedule: Schedule
+    booster: Booster
+    step_fn: Callable[[Batch], Tensor]
+    batches: Iterator[Batch]
+    plan_of: Callable[[int], EpochPlan]
+    checkpoints: CheckpointManager
+    writers: list[MetricWriter]
+    ema: EMA | None
+    state: TrainState
+    on_batch: Callable[[Batch], None]
+    folder: Path
+
+
+def train(run: Run) -> bool:
+    """Train from ``run.state`` to the last step.
+
+    Returns: True when the last step was reached, False when a signal ended the run early; both have saved.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; weights and checkpoints are those of the step before.
+    """
+    state, schedule, booster = run.state, run.schedule, run.booster
+    meter, stop = Meter(run), StopSignal()
+    saved_at = state.step
+    while not schedule.is_done(state):
+        for group in booster.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor(
+                state.step,
+                warmup_steps=schedule.warmup_steps,
+                schedule=schedule.lr_schedule,
+                total_steps=schedule.total_steps,
+            )
+        seen: list[tuple[Batch, Tensor]] = []
+        for micro in range(schedule.accumulation_steps):
+            batch = meter.next_batch(run.batches)
+            run.on_batch(batch)
+            with booster.micro_batch(last=micro == schedule.accumulation_steps - 1):
+                loss = run.step_fn(batch)
+                booster.backward(loss / schedule.accumulation_steps)
+            seen.append((batch, loss.detach()))
+        grad_norm = booster.step()
+        if not math.isfinite(grad_norm):  # before anything is averaged, written or saved
+            raise FloatingPointError(describe_non_finite(grad_norm, seen, state.step + 1))
+
+        _advance(run, first=seen[0][0])
+        if run.ema is not None:
+            run.ema.update()
+        meter.after_step(seen, grad_norm)
+        stopping = stop.agreed()
+        if stopping or schedule.is_done(state) or is_due(state.step, schedule.ckpt_every):
+            saved_at = save(run)
+        if stopping:
+            break
+    if saved_at != state.step:
+        save(run)
+    meter.close()
+    stop.close()
+    return schedule.is_done(state)
+
+
+def _advance(run: Run, *, first: Batch) -> None:
+    """Move the state past the update that `first` was this rank's first micro-batch of."""
+    state, plan = run.state, run.plan_of(first.epoch)
+    micro_per_step = run.booster.dp_size * run.schedule.accumulation_steps
+    begin = first.index - run.booster.dp_rank
+    buckets = plan.bucket_ids[begin : begin + micro_per_step]
+    state.step += 1
+    state.samples += int(plan.buckets.batch_sizes[buckets].sum())
+    state.epoch, state.micro_batch = advance(Position(first.epoch, begin), len(plan), micro_per_step)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` updates happens after update `step`; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def save(run: Run) -> int:
+    """Save a checkpoint. Returns: the step it holds."""
+    began = time.perf_counter()
+    folder = run.checkpoints.save(run.state)
+    logger.info("saved %s in %.2f seconds", folder, time.perf_counter() - began)
+    return run.state.step
+
+
+def describe_non_finite(grad_norm: float, seen: list[tuple[Batch, Tensor]], step: int) -> str:
+    """Which samples to look at, gathered from all ranks, when a gradient norm is not finite."""
+    own = [(loss.item(), batch.rows, batch.paths) for batch, loss in seen]
+    everyone: list[list | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    found = [entry for rank in everyone for entry in rank]
+    guilty = [entry for entry in found if not math.isfinite(entry[0])] or found
+    lines = "; ".join(f"loss {loss} of rows {rows} {paths}" for loss, rows, paths in guilty)
+    return (
+        f"grad_norm is {grad_norm} at step {step}; weights and checkpoints are those of step {step - 1}. "
+        f"samples: {lines}. lower optim.lr, or look at these files, and resume with --load latest"
+    )
+
+
+class Meter:
+    """Times the loop, shows the bar, writes the metrics. The loss logged is the step's own, over all ranks."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._steps, self._samples = 0, run.state.samples
+        self._bar = tqdm(
+            total=run.schedule.total_steps,
+            initial=run.state.step,
+            disable=not run.runtime.is_main,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        began = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - began
+        return batch
+
+    def after_step(self, seen: list[tuple[Batch, Tensor]], grad_norm: float) -> None:
+        """Count the step; at every `log_every` of them write a row."""
+        run = self._run
+        self._steps += 1
+        self._bar.update()
+        if not is_due(run.state.step, run.schedule.log_every):
+            return
+        loss = mean_over_ranks(torch.stack([loss for _, loss in seen]).mean().float()).item()
+        now = time.perf_counter()
+        seconds = now - self._started
+        values = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": run.booster.param_groups[0]["lr"],
+            "epoch": run.state.epoch,
+            "samples": run.state.samples,
+            "samples_per_second": (run.state.samples - self._samples) / seconds,
+            "step_seconds": seconds / self._steps,
+            "data_wait": self._waited / seconds,
+        }
+        if run.runtime.device.type == "cuda":
+            values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        for writer in run.writers:
+            writer.write(run.state.step, values)
+        self._bar.set_postfix_str(
+            f"loss {loss:.4f} grad_norm {grad_norm:.3f} lr {values['lr']:.2e} "
+            f"{values['samples_per_second']:.1f} samples/s wait {values['data_wait']:.0%}",
+            refresh=False,
+        )
+        self._started, self._waited, self._samples, self._steps = now, 0.0, run.state.samples, 0
+
+    def close(self) -> None:
+        self._bar.close()
+        for writer in self._run.writers:
+            writer.close()
