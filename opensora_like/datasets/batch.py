@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import Tensor
 
+from opensora_like.datasets.bucket import BucketShape
 
-class BucketShape(NamedTuple):
-    """The one shape that every clip of a micro-batch is brought to; sizes in pixels."""
-
-    resolution: str  # the name in bucket_config, "256px"
-    num_frames: int
-    height: int
-    width: int
+__all__ = ["Batch", "BucketShape", "Sample"]
 
 
 @dataclass
