@@ -58,16 +58,16 @@ def build(cfg: Mapping[str, Any], registry: Registry, *, where: str = "", **runt
     Args:
         cfg: the section as written in the config file; it is not modified.
         where: the section's name in the config, for errors.
-        **runtime: objects a config cannot hold (a device, a process group). Those that the
-            class does not take are an error of the caller, not of the user.
+        **runtime: objects a config cannot hold (a device, a seed). A class takes those it has an argument
+            for; the config may not set them.
 
     Raises:
         ValueError: no ``type``, an unknown ``type``, an argument that is unknown, missing or of
             another type, or a name given both ways.
     """
     cls = resolve(_type_of(cfg, registry, where), registry, where=where)
-    arguments = fit_arguments(cls, cfg, where=where or registry.name, given=runtime)
-    return cls(**arguments, **runtime)
+    given = {name: value for name, value in runtime.items() if name in parameters_of(cls)}
+    return cls(**fit_arguments(cls, cfg, where=where or registry.name, given=given), **given)
 
 
 def _type_of(cfg: Mapping[str, Any], registry: Registry, where: str) -> Any:

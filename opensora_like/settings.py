@@ -141,7 +141,7 @@ SECTIONS: dict[str, tuple[Registry, tuple[str, ...]]] = {
     "model": (MODELS, ()),
     "autoencoder": (MODELS, ()),
     "encoders.*": (MODELS, ()),
-    "scheduler": (SCHEDULERS, ()),
+    "scheduler": (SCHEDULERS, ("patch_size",)),
     "dataset": (DATASETS, ("bucket_config", "multiple", "seed")),
     "booster": (BOOSTERS, ("device", "dtype", "grad_clip")),
 }

@@ -19,7 +19,7 @@ model = dict(
 )
 autoencoder = dict(type="patch", patch_size=4)
 encoders = dict(
-    text=dict(type="t5", max_length=32, tiny=dict(d_model=64, num_layers=1)),
-    pooled=dict(type="clip", max_length=32, tiny=dict(hidden_size=64, num_hidden_layers=1)),
+    text=dict(type="t5", max_length=32, dtype="fp32", tiny=dict(hidden_size=64, num_layers=1)),
+    pooled=dict(type="clip", max_length=32, dtype="fp32", tiny=dict(hidden_size=64, num_layers=1)),
 )
-scheduler = dict(type="flow_matching", patch_size=1)
+scheduler = dict(type="flow_matching")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -47,7 +48,8 @@ def find_checkpoint(load: str, run: Path) -> Path:
             raise FileNotFoundError(f"load='latest': {str(run)!r} has no complete checkpoint; start without --load")
         return found[-1]
     if any(c in load for c in "*?["):
-        found = sorted((f for f in Path().glob(load) if is_complete(f)), key=lambda f: (step_of(f), f.name))
+        matches = (Path(f) for f in glob.glob(load))
+        found = sorted((f for f in matches if is_complete(f)), key=lambda f: (step_of(f), f.name))
         if not found:
             raise FileNotFoundError(f"load={load!r} matches no complete checkpoint")
         return found[-1]

@@ -65,7 +65,7 @@ class CheckpointManager:
     ) -> None:
         self.run, self.booster, self.ema = run, booster, ema
         self._config_text, self._keep, self._about = config_text, keep_n_latest, dict(about)
-        self._order = dict(order)
+        self.order = dict(order)
         if keep_n_latest == 0 or keep_n_latest < -1:
             raise ValueError(f"keep_n_latest={keep_n_latest} would keep no checkpoint; use 1 or more, or -1 for all")
 
@@ -99,7 +99,7 @@ class CheckpointManager:
         facts = {
             "format_version": FORMAT_VERSION,
             **dataclasses.asdict(state),
-            "data_order": self._order,
+            "data_order": self.order,
             **self._about,
             "versions": _versions(),
             "files": dict(sorted(sizes.items())),

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
@@ -47,42 +47,19 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
     rt.set_up_logging(runtime, folder / "log.txt")
     model = build_model(cfg)
     autoencoder, encoders = build_frozen(cfg, runtime.device)
-    dataset = build(
-        cfg.dataset,
-        DATASETS,
-        where="dataset",
-        bucket_config=cfg.bucket_config,
-        multiple=autoencoder.spatial_stride * model.patch_size,
-        seed=cfg.seed,
+    dataset = build_dataset(cfg, multiple=autoencoder.spatial_stride * model.patch_size)
+    encode = build_encode(cfg, runtime.device, model, autoencoder, encoders)
+    scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=model.patch_size)
+    booster = build(
+        cfg.booster, BOOSTERS, where="booster", device=runtime.device, dtype=cfg.dtype, grad_clip=cfg.grad_clip
     )
-    encode = Encode(
-        model,
-        autoencoder,
-        encoders,
-        seed=cfg.seed,
-        device=runtime.device,
-        dropout_ratio=cfg.dropout_ratio,
-        condition_config=cfg.condition_config,
-        guidance=cfg.guidance,
-        sample_posterior=cfg.sample_posterior,
-    )
-    booster = build_booster(cfg, runtime)
     wrapped = booster.prepare(model, optimizer_factory(cfg.optim, device=runtime.device))
     for group in booster.param_groups:
         group["base_lr"] = cfg.optim["lr"]
     ema = EMA(booster, cfg.ema_decay) if cfg.ema_decay is not None else None
     schedule = make_schedule(cfg, dataset, booster)
-    order = order_key(dataset.table, dataset.buckets, fps_max=dataset.fps_max, seed=cfg.seed)
-    checkpoints = CheckpointManager(
-        folder,
-        booster,
-        ema=ema.shards if ema else None,
-        config_text=config_text(cfg),
-        keep_n_latest=cfg.keep_n_latest,
-        order=order,
-        about={"world_size": runtime.world_size, "booster": dict(cfg.booster), "dtype": cfg.dtype, "seed": cfg.seed},
-    )
-    state = load_state(cfg, folder, checkpoints, order, micro_per_step=booster.dp_size * cfg.accumulation_steps)
+    checkpoints = build_checkpoints(cfg, runtime, folder, dataset, booster, ema)
+    state = load_state(cfg, folder, checkpoints, micro_per_step=booster.dp_size * cfg.accumulation_steps)
     log_summary(cfg, runtime, dataset, model, schedule, state)
     return Run(
         runtime=runtime,
@@ -91,7 +68,7 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
         step_fn=FlowMatchingStep(
             wrapped,
             encode,
-            build(cfg.scheduler, SCHEDULERS, where="scheduler"),
+            scheduler,
             seed=cfg.seed,
             dtype=rt.DTYPES[cfg.dtype],
             no_i2v_ref_loss=cfg.no_i2v_ref_loss,
@@ -103,7 +80,6 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
         ema=ema,
         state=state,
         on_batch=BadSampleLog(folder / "bad_samples.jsonl", max_bad_fraction=cfg.max_bad_fraction).record,
-        folder=folder,
     )
 
 
@@ -180,10 +156,46 @@ def build_frozen(cfg: RunConfig, device: torch.device) -> tuple[Autoencoder, dic
     return autoencoder, encoders
 
 
-def build_booster(cfg: RunConfig, runtime: Runtime) -> Booster:
-    """The training backend of `cfg.booster`."""
+def build_dataset(cfg: RunConfig, *, multiple: int) -> VideoText:
+    """The dataset of `cfg.dataset`; `multiple` is what heights and widths must be a multiple of."""
     return build(
-        cfg.booster, BOOSTERS, where="booster", device=runtime.device, dtype=cfg.dtype, grad_clip=cfg.grad_clip
+        cfg.dataset, DATASETS, where="dataset", bucket_config=cfg.bucket_config, multiple=multiple, seed=cfg.seed
+    )
+
+
+def build_encode(
+    cfg: RunConfig,
+    device: torch.device,
+    model: Denoiser,
+    autoencoder: Autoencoder,
+    encoders: Mapping[str, TextEncoder],
+) -> Encode:
+    """What turns batches into the model's inputs."""
+    return Encode(
+        model,
+        autoencoder,
+        encoders,
+        seed=cfg.seed,
+        device=device,
+        dropout_ratio=cfg.dropout_ratio,
+        condition_config=cfg.condition_config,
+        guidance=cfg.guidance,
+        sample_posterior=cfg.sample_posterior,
+    )
+
+
+def build_checkpoints(
+    cfg: RunConfig, runtime: Runtime, folder: Path, dataset: VideoText, booster: Booster, ema: EMA | None
+) -> CheckpointManager:
+    """Where the run's checkpoints go, and what is written beside the tensors."""
+    return CheckpointManager(
+        folder,
+        booster,
+        ema=ema.shards if ema else None,
+        config_text=config_text(cfg),
+        keep_n_latest=cfg.keep_n_latest,
+        order=order_key(dataset.table, dataset.buckets, fps_max=dataset.fps_max, seed=cfg.seed),
+        about={"world_size": runtime.world_size, "booster": dict(cfg.booster), "dtype": cfg.dtype, "seed": cfg.seed},
     )
 
 
@@ -196,7 +208,8 @@ def make_schedule(cfg: RunConfig, dataset: VideoText, booster: Booster) -> Sched
     if cfg.accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={cfg.accumulation_steps} must be 1 or more")
     total = cfg.steps
-    if total is None and dataset.buckets.always_keeps:
+    entries = [entry for table in dataset.buckets.config.values() for entry in table.values()]
+    if total is None and all(keep >= 1 and skip <= 0 for keep, skip, _ in entries):
         total = cfg.epochs * steps_in_epoch(len(dataset.plan(0)), booster.dp_size * cfg.accumulation_steps)
     if total is None and cfg.lr_schedule == "cosine":
         raise ValueError(
@@ -213,9 +226,7 @@ def make_schedule(cfg: RunConfig, dataset: VideoText, booster: Booster) -> Sched
     )
 
 
-def load_state(
-    cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, order: Mapping[str, Any], *, micro_per_step: int
-) -> TrainState:
+def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, micro_per_step: int) -> TrainState:
     """Load `cfg.load` into weights, optimizer and EMA. Returns: where the run stands.
 
     ``start_epoch`` and ``start_step`` keep all of that and move the data only.
@@ -227,7 +238,7 @@ def load_state(
         return TrainState()
     source = layout.find_checkpoint(cfg.load, folder)
     if not restart:
-        check_order(read_state(source), order, source)
+        check_order(read_state(source), checkpoints.order, source)
     state = checkpoints.load(source)
     if restart:
         state.epoch, state.micro_batch = cfg.start_epoch or 0, (cfg.start_step or 0) * micro_per_step

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opensora_like import rng
 from opensora_like.conditioning.encode import Encode, Inputs
+from opensora_like.conditioning.masks import reference_loss_mask
 from opensora_like.datasets.batch import Batch
 
 
@@ -64,10 +65,8 @@ class FlowMatchingStep:
         weight_B = self.scheduler.weight(t_B)
         if inputs.given_BT is None or not self._skip_given:
             return (error_BCTHW.mean(dim=(1, 2, 3, 4)) * weight_B).mean()
-        free_BT = (~inputs.given_BT).to(error_BCTHW)
-        per_frame_BT = error_BCTHW.mean(dim=(1, 3, 4))
-        per_sample_B = (per_frame_BT * free_BT).sum(1) / free_BT.sum(1).clamp(min=1)
-        return (per_sample_B * weight_B).mean()
+        per_frame_BT = error_BCTHW.mean(dim=(1, 3, 4)) * reference_loss_mask(inputs.given_BT)
+        return (per_frame_BT.mean(dim=1) * weight_B).mean()
 
 
 def draw_noise(shape: torch.Size, seed: int, epoch: int, rows: list[int], *, device: torch.device) -> Tensor:

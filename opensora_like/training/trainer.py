@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -62,7 +61,6 @@ class Run:
     ema: EMA | None
     state: TrainState
     on_batch: Callable[[Batch], None]
-    folder: Path
 
 
 def train(run: Run) -> bool:

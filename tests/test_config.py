@@ -1,0 +1,261 @@
+"""Configs: inheritance, overrides as people type them, clear errors, and where a value came from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opensora_like.config import FrozenDict, config_text, read_config
+from opensora_like.config_file import split_arguments
+from opensora_like.settings import InferenceConfig, RunConfig, settings_table
+from tools.make_docs import configs_page
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "configs/diffusion/train/demo.py"
+
+BASE = """
+model = dict(type="mmdit", in_channels=48, vec_in_dim=64, context_in_dim=64, hidden_size=64, num_heads=4, depth=1,
+             depth_single_blocks=1, axes_dim=(4, 6, 6), patch_size=1)
+autoencoder = dict(type="patch", patch_size=4)
+encoders = dict(text=dict(type="t5", tiny=dict(d_model=64)), pooled=dict(type="clip", tiny=dict(hidden_size=64)))
+dataset = dict(type="video_text", data_path="a.csv")
+bucket_config = {"256px": {1: (1.0, 4), 33: (0.5, 2)}}
+optim = dict(type="AdamW", lr=5e-5)
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.py"
+    path.write_text(BASE)
+    return path
+
+
+def child(base: Path, text: str, name: str = "child.py") -> Path:
+    path = base.parent / name
+    path.write_text(f'_base_ = ["{base.name}"]\n{text}\n')
+    return path
+
+
+def read(path: Path, *arguments: str) -> RunConfig:
+    return read_config(path, arguments).config
+
+
+def spelled(value: object) -> str | None:
+    return " ".join(value) if isinstance(value, list) else None
+
+
+# every row of the table of what the published command line gets wrong: (arguments, key, value)
+ACCEPTED = [
+    (["--optim.lr", "1e-7"], "optim.lr", 1e-7),
+    (["--lr", "1e-7"], "optim.lr", 1e-7),
+    (["--lr=1e-4"], "optim.lr", 1e-4),
+    (["lr=1e-4"], "optim.lr", 1e-4),
+    (["--model.grad-ckpt-settings", "(1,2)"], "model.grad_ckpt_settings", (1, 2)),
+    (["--grad-ckpt-settings", "(1,2)"], "model.grad_ckpt_settings", (1, 2)),
+    (["--grad_ckpt_setting", "[1, 2]"], "model.grad_ckpt_settings", (1, 2)),
+    (["--model.axes_dim", "[4,6,6]"], "model.axes_dim", (4, 6, 6)),
+    (["--ema-decay", "0.99"], "ema_decay", 0.99),
+    (["--ema-decay", "none"], "ema_decay", None),
+    (["--ckpt-every", "1e3"], "ckpt_every", 1000),
+    (["--exp-name", "007"], "exp_name", "007"),
+    (["--wandb"], "wandb", True),
+    (["--wandb", "True"], "wandb", True),
+    (["--wandb", "--lr", "1"], "wandb", True),
+    (["--wandb", "--lr", "1"], "optim.lr", 1.0),
+    (["--dataset.data-path", "a/b-c.csv"], "dataset.data_path", "a/b-c.csv"),
+    (["--bucket_config.256px.1", "(1.0,8)"], "bucket_config.256px.1", (1.0, 8)),
+    (["--bucket-config.512px.17", "(0.5,2)"], "bucket_config.512px.17", (0.5, 2)),
+    (["--encoders.text.max_length", "64"], "encoders.text.max_length", 64),
+    (["--encoders.text.tiny.num_layers", "2"], "encoders.text.tiny.num_layers", 2),
+    (["--plugin", "zero1"], "booster.plugin", "zero1"),
+    (["--start-step", "0", "--start-epoch", "0"], "start_step", 0),
+    (["--condition_config", "{'t2v': 1, 'i2v_head': 5}"], "condition_config", {"t2v": 1.0, "i2v_head": 5.0}),
+    (["--load", "o/epoch0-global_step9", "o/epoch0-global_step10"], "load", "o/epoch0-global_step10"),
+    (["--steps", "-1"], "steps", -1),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"), ACCEPTED, ids=lambda v: " ".join(v) if isinstance(v, list) else None
+)
+def test_overrides_mean_what_they_say(base: Path, arguments: list[str], key: str, value: object) -> None:
+    """Each way to type an override sets the field it names, with the type of that field."""
+    found: object = read(base, *arguments)
+    for name in key.split("."):
+        found = getattr(found, name) if isinstance(found, RunConfig) else found[int(name) if name.isdigit() else name]
+    assert (found == value and type(found) is type(value)) or isinstance(value, dict)
+
+
+REFUSED = [
+    (["--typo-key", "3"], "typo-key|typo_key"),
+    (["--learning_rate", "3"], "no such setting"),
+    (["--foo.bar", "1"], "no section 'foo'"),
+    (["--model.foo.bar", "1"], "foo"),
+    (["--model.depht", "1"], "did you mean .*'depth'"),
+    (["--optim.lrr", "1"], "did you mean .*'lr'"),
+    (["--encoders.text.max_lenght", "1"], "max_length"),
+    (["--model.type", "mmdt"], "unknown model 'mmdt'; did you mean .*'mmdit'"),
+    (["--booster.type", "colossal"], "did you mean .*'colossalai'"),
+    (["--bucket-config", "{...}"], "bucket.config"),
+    (["--wandb", "yes"], "bool"),
+    (["--steps", "many"], "int"),
+    (["--steps", "1.5"], "int"),
+    (["--lr", "fast"], "lr"),
+    (["--dtype", "bf61"], "bf16"),
+    (["--lr"], "needs a value"),
+    (["--lr", "1", "2"], "one value"),
+    (["stray"], "belongs to no key"),
+    (["--model.axes_dim", "7"], "axes_dim"),
+    (["--optim.betas", "(0.9,)"], "1 entries, 2 are needed"),
+    (["--dataset.data-path.x", "1"], "no parts to set"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=spelled)
+def test_mistyped_overrides_are_errors(base: Path, arguments: list[str], message: str) -> None:
+    """What would be dropped, mispaired or ignored is refused, and the message names it."""
+    with pytest.raises(ValueError, match=message):
+        read(base, *arguments)
+
+
+@pytest.mark.parametrize("spec", [name for name, *_ in settings_table(RunConfig)])
+def test_a_typo_in_any_key_is_an_error_that_names_the_key(base: Path, spec: str) -> None:
+    """One letter wrong in any top-level key, in the file or on the command line, names the right one."""
+    typo = spec[:-1] + ("x" if spec[-1] != "x" else "y")
+    with pytest.raises(ValueError, match=f"'{spec}'"):
+        read(child(base, f"{typo} = 1"))
+    with pytest.raises(ValueError, match=f"'{spec}'"):
+        read(base, f"--{typo}", "1")
+
+
+def test_shorthand_and_field_in_layers(base: Path) -> None:
+    """`lr` and `optim.lr` are one thing: whichever was written last counts; both in one file must agree."""
+    assert read(child(base, "lr = 1e-4")).optim["lr"] == 1e-4
+    grandchild = child(child(base, "lr = 1e-4"), "optim = dict(lr=2e-4)", "grandchild.py")
+    assert read(grandchild).optim["lr"] == 2e-4
+    assert read(grandchild, "--lr", "3e-4").optim["lr"] == 3e-4
+    assert read(child(grandchild, "lr = 5e-5", "great.py")).optim["lr"] == 5e-5
+    assert read(child(base, "lr = 1e-4\noptim = dict(lr=lr)")).optim["lr"] == 1e-4
+    with pytest.raises(ValueError, match=r"child.py:2 sets lr=0.0001, .*child.py:3 sets optim.lr=0.0002"):
+        read(child(base, "lr = 1e-4\noptim = dict(lr=2e-4)"))
+
+
+def test_delete_replaces_and_dicts_merge(base: Path) -> None:
+    """A dict merges into the base's; with _delete_ it replaces it; keys that count frames stay integers."""
+    merged = read(child(base, 'bucket_config = {"256px": {65: (1.0, 1)}}'))
+    assert merged.bucket_config == {"256px": {1: (1.0, 4), 33: (0.5, 2), 65: (1.0, 1)}}
+    replaced = read(child(base, 'bucket_config = {"_delete_": True, "512px": {"9": (1.0, 1)}}'))
+    assert replaced.bucket_config == {"512px": {9: (1.0, 1)}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz = 3", "did you mean .*steps"),
+        ("steps = 'ten'", "steps='ten'"),
+        ("model = dict(depth='two')", "model.depth='two' must be int"),
+        ("model = dict(hiden_size=3)", "hidden_size"),
+        ("dataset = dict(_delete_=True, data_path='x')", "dataset.* 'type'"),
+        ("model = 3", "cannot be read|must be a dict"),
+        ("x = (", "line 2"),
+        ("custom_imports = ['no_such_module']", "no_such_module"),
+        ("booster = dict(dtype='bf16')", "set by the program"),
+    ],
+)
+def test_mistakes_in_files_are_errors(base: Path, text: str, message: str) -> None:
+    """A config that cannot be meant is refused with the place and the nearest names."""
+    with pytest.raises(ValueError, match=message):
+        read(child(base, text))
+
+
+def test_missing_files(base: Path, tmp_path: Path) -> None:
+    """A missing config or base is named, with what is there instead."""
+    with pytest.raises(FileNotFoundError, match=r"base\.py"):
+        read(tmp_path / "bsae.py")
+    with pytest.raises(FileNotFoundError, match=r"its base 'gone.py'"):
+        read(child(tmp_path / "gone.py", "steps = 1"))
+    loop = tmp_path / "loop.py"
+    loop.write_text('_base_ = ["loop.py"]')
+    with pytest.raises(ValueError, match="inherits from itself"):
+        read(loop)
+
+
+def test_explain_names_the_source(base: Path) -> None:
+    """--explain tells file and line, flag, or default, whichever spelling set the value."""
+    path = child(base, "steps = 7\nlr = 1e-3")
+    explained = read_config(path, ["--model.depth", "3"])
+    assert explained.explain("steps") == f"steps = 7  ({path}:2)"
+    assert explained.explain("optim.lr") == f"optim.lr = 0.001  ({path}:3)"
+    assert explained.explain("--lr").endswith("child.py:3)")
+    assert explained.explain("model.depth") == "model.depth = 3  (--model.depth 3)"
+    assert explained.explain("model.hidden_size").endswith("base.py:2)")
+    assert explained.explain("grad_clip") == "grad_clip = 1.0  (default of RunConfig)"
+    assert "base.py" in explained.explain("bucket_config.256px.33")
+    with pytest.raises(ValueError, match=r"did you mean .*depth"):
+        explained.explain("model.dept")
+
+
+def test_the_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
+    """What is written into the run's folder is a config that means the same run."""
+    config = read(DEMO, "--lr", "3e-4", "--bucket_config.16px_ar1:1.9", "((0.5, 0.1), 2)", "--exp-name", "a b'c")
+    path = tmp_path / "resolved.py"
+    path.write_text(config_text(config))
+    assert read(path) == config
+
+
+def test_a_config_is_frozen(base: Path) -> None:
+    """Nothing edits a config while it trains."""
+    config = read(base)
+    with pytest.raises(AttributeError):
+        config.steps = 3  # type: ignore[misc]
+    with pytest.raises(TypeError, match="frozen"):
+        config.bucket_config["256px"].pop(1)
+    assert isinstance(config.model, FrozenDict)
+
+
+def test_custom_imports_register_user_classes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class outside the package takes part after custom_imports, in both spellings of it."""
+    (tmp_path / "user_code.py").write_text(
+        "from opensora_like.registry import SCHEDULERS\n"
+        "@SCHEDULERS.register_module('users_own')\n"
+        "class Own:\n    def __init__(self, strength: float = 1.0):\n        self.strength = strength\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = "scheduler = dict(_delete_=True, type='users_own', strength=2)"
+    assert read(child(base, f"custom_imports = ['user_code']\n{own}")).scheduler == {
+        "type": "users_own",
+        "strength": 2.0,
+    }
+    as_mmengine = f"custom_imports = dict(imports=['user_code'], allow_failed_imports=False)\n{own}"
+    assert read(child(base, as_mmengine, "c2.py")).custom_imports == ["user_code"]
+
+
+def test_words_pair_up() -> None:
+    """Pairs, equals signs, bare flags, negative numbers and values with blanks."""
+    words = ["--a", "1", "--b=x=y", "--flag", "--c.d-e", "-5", "f=2"]
+    assert split_arguments(words) == [("a", ["1"]), ("b", ["x=y"]), ("flag", []), ("c.d-e", ["-5", "f=2"])]
+
+
+def test_every_setting_is_documented() -> None:
+    """docs/configs.md is what the program says of itself (tools/make_docs.py writes it)."""
+    assert (ROOT / "docs/configs.md").read_text() == configs_page()
+    for schema in (RunConfig, InferenceConfig):
+        for name, _, _, doc in settings_table(schema):
+            assert doc, f"{name} has no documentation"
+
+
+def run_train(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts/diffusion/train.py"), str(DEMO), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_train_script_dumps_and_explains() -> None:
+    """--dump and --explain answer without training, and a mistake is one line without a traceback."""
+    assert "steps = " in run_train("--dump").stdout
+    assert run_train("--explain", "optim.lr", "--lr", "1").stdout.strip() == "optim.lr = 1.0  (--lr 1)"
+    wrong = run_train("--lrr", "1")
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "'lr'" in wrong.stderr
