@@ -25,6 +25,8 @@ class ParallelPlan:
             (a fused qkv has three), or () for one part.
         row: linears cut along their inputs -> sizes of the parts of the input, or () for one part.
         head_counts: attributes to divide by ``tp_size``, ``path.attribute``.
+        per_head: parameters kept whole but used by each rank for its own heads only: under tensor parallelism
+            their gradients are to be summed over the ranks.
     """
 
     blocks: tuple[str, ...]
@@ -32,6 +34,7 @@ class ParallelPlan:
     column: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     row: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     head_counts: tuple[str, ...] = ()
+    per_head: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -42,8 +45,11 @@ class Denoiser(Protocol):
     """
 
     condition_names: ClassVar[frozenset[str]] | frozenset[str]  # what `forward` reads from its conditions
-    in_channels: int  # channels of the latents, before patchify
+    latent_channels: int  # before patchify; not a published `in_channels`, which may count packed channels
     patch_size: int  # of H and W; latents' H and W must be multiples of it
+
+    from_pretrained: str | None  # where `checkpoint.weights` finds published weights; the model reads nothing
+    strict_load: bool  # whether each of its keys has to be there
 
     def forward(self, x_BCTHW: Tensor, t_B: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """Velocity at `x_BCTHW`.

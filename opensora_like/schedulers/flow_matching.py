@@ -1,0 +1,286 @@
+"""Flow matching: how `t` is drawn, how noise is mixed in, what the network should say, and how each sample counts.
+
+All of it in float32. Times are in [0, 1] and 1 is noise; ``latent_shape`` is always (T, H, W) of the latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opensora_like.registry import SCHEDULERS
+
+MAX_MODE_SCALE = 2 / (math.pi - 2)  # beyond it the map of `mode_time` folds back
+NUM_WEIGHT_BINS = 1000
+CHOICES = {
+    "t_distribution": ("logit_normal", "uniform", "mode", "mix", "lognorm"),
+    "window": ("clamp", "truncate"),
+    "weighting": (None, "uniform", "linear", "bsmntw"),
+}
+# argument -> (its default, the argument that decides whether it is read, and the values for which it is)
+READ_ONLY_WITH = {
+    "logit_mean": (0.0, "t_distribution", ("logit_normal",)),
+    "logit_std": (1.0, "t_distribution", ("logit_normal",)),
+    "mode_scale": (1.29, "t_distribution", ("mode",)),
+    "mix_uniform_ratio": (0.0, "t_distribution", ("logit_normal", "lognorm", "mix", "mode")),
+    "base_tokens": (256, "shift", ("resolution",)),
+    "max_tokens": (4096, "shift", ("resolution",)),
+    "base_shift": (1.0, "shift", ("resolution",)),
+    "max_shift": (3.0, "shift", ("resolution",)),
+    "normalize_weight": (False, "weighting", ("linear", "bsmntw")),
+}
+
+
+def shift_time(t: Tensor, alpha: float | Tensor) -> Tensor:
+    """Move times towards noise (alpha > 1) or data (alpha < 1); 0 and 1 stay. Source: SD3, arXiv:2403.03206, 5.3.2."""
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+def linear_shift(num_tokens: float, *, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float) -> float:
+    """The line through (base_tokens, base_shift) and (max_tokens, max_shift), not clamped at its ends."""
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return base_shift + slope * (num_tokens - base_tokens)
+
+
+def mode_time(u: Tensor, scale: float) -> Tensor:
+    """Uniform numbers to times with a heavier (scale > 0) or lighter middle. Source: SD3, arXiv:2403.03206, eq. 20."""
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def bell_weight(t_B: Tensor, num_bins: int = NUM_WEIGHT_BINS) -> Tensor:
+    """Weights highest at t = 0.5 and 0 at t = 0, of mean 1 over `num_bins` equal bins ("bsmntw").
+
+    Source: NeMo Automodel's loss_weighting_scheme of this name.
+    """
+    bins = torch.arange(num_bins, dtype=torch.float64)
+    floor = math.exp(-0.5)
+    total = (torch.exp(-2 * (bins / num_bins - 0.5) ** 2) - floor).sum().item()
+    nearest_bin = (t_B.float() * num_bins).floor().clamp(0, num_bins - 1)
+    return (torch.exp(-2 * (nearest_bin / num_bins - 0.5) ** 2) - floor) * (num_bins / total)
+
+
+def per_sample(t_B: Tensor, like: Tensor) -> Tensor:
+    """`t_B` as float32 that broadcasts over `like` [B, ...]."""
+    return t_B.float().view(-1, *[1] * (like.ndim - 1))
+
+
+@SCHEDULERS.register_module("flow_matching")
+class FlowMatching:
+    """Straight paths from data (t=0) to noise (t=1); the target is the velocity.
+
+    Args:
+        t_distribution: of the times before the shift. "lognorm" and "mix" are both the standard logit-normal.
+        logit_mean, logit_std: of "logit_normal".
+        mode_scale: of "mode", in [-1, 1.7519].
+        mix_uniform_ratio: probability, for each sample by itself, that its time is uniform instead.
+        shift: None, a constant (Wan 2.1 uses 3 at 480p and 5 at 720p), or "resolution": the line from
+            `base_shift` at `base_tokens` to `max_shift` at `max_tokens`, in tokens of one latent frame, times
+            the root of the number of latent frames. Source: SD3, arXiv:2403.03206; Open-Sora, time_shift.
+        patch_size: of the denoiser, in latent cells; what the tokens are counted with. Open-Sora counts H*W//4 in
+            training whatever its patch, which is this with 2; at patch 1 its training and its sampling disagree.
+        sigma_min: noise left at t=0.
+        t_min, t_max: the times after the shift stay within.
+        window: "clamp" puts the times outside on the ends; "truncate" draws from the distribution given that the
+            time is inside, so no mass gathers at an end (one of two experts trains on a window this way).
+        weighting: None or "uniform": 1; "linear": 1 + shift * t, needs a constant shift; "bsmntw": see `bell_weight`.
+        normalize_weight: divide by the mean weight under the distribution of `t`, so that the learning rate
+            means the same with and without weighting; needs a shift that is not "resolution".
+
+    Raises:
+        ValueError: a number out of range, or a setting that the others make meaningless.
+    """
+
+    def __init__(
+        self,
+        *,
+        t_distribution: Literal["logit_normal", "uniform", "mode", "mix", "lognorm"] = "logit_normal",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        mode_scale: float = 1.29,
+        mix_uniform_ratio: float = 0.0,
+        shift: float | Literal["resolution"] | None = None,
+        base_tokens: int = 256,
+        max_tokens: int = 4096,
+        base_shift: float = 1.0,
+        max_shift: float = 3.0,
+        patch_size: int = 2,
+        sigma_min: float = 1e-5,
+        t_min: float = 0.0,
+        t_max: float = 1.0,
+        window: Literal["clamp", "truncate"] = "clamp",
+        weighting: Literal["uniform", "linear", "bsmntw"] | None = None,
+        normalize_weight: bool = False,
+    ) -> None:
+        self.t_distribution, self.mode_scale, self.mix_uniform_ratio = t_distribution, mode_scale, mix_uniform_ratio
+        self.logit_mean, self.logit_std = logit_mean, logit_std
+        self.shift, self.patch_size, self.sigma_min = shift, patch_size, sigma_min
+        self.base_tokens, self.max_tokens = base_tokens, max_tokens
+        self.base_shift, self.max_shift = base_shift, max_shift
+        self.t_min, self.t_max, self.window = t_min, t_max, window
+        self.weighting, self.normalize_weight = weighting, normalize_weight
+        self._check_ranges()
+        self._check_all_are_read()
+        self._weight_scale = 1 / self._mean_weight() if normalize_weight else 1.0
+
+    def _check_ranges(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"scheduler.{name}={getattr(self, name)!r} is unknown; use one of {list(known)}")
+        constant_shift = isinstance(self.shift, (int, float))
+        if self.shift not in (None, "resolution") and not (constant_shift and self.shift > 0):
+            raise ValueError(f"scheduler.shift={self.shift!r} must be above 0, 'resolution' or None")
+        for name, is_right, needed in (
+            ("logit_std", self.logit_std > 0, "above 0"),
+            ("mode_scale", -1 <= self.mode_scale <= MAX_MODE_SCALE, f"in [-1, {MAX_MODE_SCALE:.4f}]"),
+            ("mix_uniform_ratio", 0 <= self.mix_uniform_ratio <= 1, "in [0, 1]"),
+            ("base_tokens", self.base_tokens < self.max_tokens, f"below max_tokens={self.max_tokens!r}"),
+            ("patch_size", self.patch_size >= 1, "1 or more"),
+            ("sigma_min", 0 <= self.sigma_min < 1, "in [0, 1)"),
+            ("t_min", 0 <= self.t_min < self.t_max, f"0 or more and below t_max={self.t_max!r}"),
+            ("t_max", self.t_max <= 1, "1 or less"),
+            ("weighting", self.weighting != "linear" or constant_shift, "'bsmntw' unless shift is a number"),
+            ("normalize_weight", not self.normalize_weight or self.shift != "resolution", "False where shift varies"),
+        ):
+            if not is_right:
+                raise ValueError(f"scheduler.{name}={getattr(self, name)!r} must be {needed}")
+
+    def _check_all_are_read(self) -> None:
+        for name, (default, decider, values) in READ_ONLY_WITH.items():
+            given, decided = getattr(self, name), getattr(self, decider)
+            if given != default and decided not in values:
+                raise ValueError(
+                    f"scheduler.{name}={given!r} is not read with {decider}={decided!r}, only with {list(values)}; "
+                    f"remove it or change {decider}"
+                )
+
+    def alpha(self, latent_shape: tuple[int, int, int]) -> float:
+        """The shift for latents of this shape; 1.0 where none is set."""
+        if self.shift is None:
+            return 1.0
+        if self.shift != "resolution":
+            return float(self.shift)
+        num_frames, height, width = latent_shape
+        line = linear_shift(
+            height * width // self.patch_size**2,
+            base_tokens=self.base_tokens,
+            max_tokens=self.max_tokens,
+            base_shift=self.base_shift,
+            max_shift=self.max_shift,
+        )
+        if line <= 0:
+            raise ValueError(
+                f"scheduler.base_shift={self.base_shift!r}, max_shift={self.max_shift!r}: the line is {line:.3f} at "
+                f"latents of {height}x{width}, but a shift must be above 0; lower max_shift or base_tokens"
+            )
+        return line * math.sqrt(num_frames)
+
+    def shift_t(self, t: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Times after the shift, float32, same shape as `t`. The window is not applied."""
+        return shift_time(t.float(), self.alpha(latent_shape))
+
+    def draw_t(self, generators: Sequence[torch.Generator], latent_shape: tuple[int, int, int]) -> Tensor:
+        """Draw one time per sample.
+
+        Args:
+            generators: one per sample, all on one device; a sample's time depends on its own alone.
+
+        Returns: float32 [B] in [t_min, t_max], on the device of the generators.
+        """
+        draws = [torch.rand(2, generator=g, device=g.device, dtype=torch.float64) for g in generators]
+        gate_B, quantile_B = torch.stack(draws).unbind(1)
+        return self.t_from_base(gate_B, quantile_B, latent_shape)
+
+    def t_from_base(self, gate_B: Tensor, quantile_B: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Times from uniform numbers; `draw_t` without the randomness.
+
+        Args:
+            gate_B: in [0, 1): below `mix_uniform_ratio` the sample's time is uniform.
+            quantile_B: in [0, 1]: of the distribution; in float64, since float32 would coarsen the tails.
+
+        Returns: float32 [B].
+        """
+        alpha = self.alpha(latent_shape)
+        t = self._unshifted(self._in_window(quantile_B.double(), alpha, self.t_distribution), self.t_distribution)
+        if self.mix_uniform_ratio > 0:
+            uniform = self._in_window(quantile_B.double(), alpha, "uniform")
+            t = torch.where(gate_B < self.mix_uniform_ratio, uniform, t)
+        return shift_time(t, alpha).float().clamp(self.t_min, self.t_max)
+
+    def _unshifted(self, quantile: Tensor, distribution: str) -> Tensor:
+        if distribution == "uniform":
+            return quantile
+        if distribution == "mode":
+            return mode_time(quantile, self.mode_scale).clamp(0, 1)
+        # "lognorm" and "mix" have mean 0 and deviation 1: `_check_all_are_read` keeps the defaults
+        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(quantile))
+
+    def _in_window(self, quantile: Tensor, alpha: float, distribution: str) -> Tensor:
+        """Squeeze quantiles so that the shifted time falls inside [t_min, t_max]."""
+        if self.window == "clamp":
+            return quantile
+        unshifted = [end / (alpha - (alpha - 1) * end) for end in (self.t_min, self.t_max)]
+        ends = sorted(self._quantile_of(t, distribution) for t in unshifted)
+        return ends[0] + (ends[1] - ends[0]) * quantile
+
+    def _quantile_of(self, t: float, distribution: str) -> float:
+        """The base number that `_unshifted` maps to `t`."""
+        if distribution == "uniform":
+            return t
+        if distribution != "mode":
+            if t <= 0 or t >= 1:
+                return float(t >= 1)
+            return NormalDist(self.logit_mean, self.logit_std).cdf(math.log(t / (1 - t)))
+        low, high = 0.0, 1.0  # `mode_time` falls from 1 to 0 and has no closed inverse
+        for _ in range(60):
+            middle = (low + high) / 2
+            too_late = mode_time(torch.tensor(middle, dtype=torch.float64), self.mode_scale).item() > t
+            low, high = (middle, high) if too_late else (low, middle)
+        return (low + high) / 2
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+        """Mix in float32, whatever `x0` is: bfloat16 keeps 8 bits of `t` and would round it.
+
+        Args:
+            x0, noise: [B, ...], same shape.
+
+        Returns: float32 [B, ...]: ``(1 - t) x0 + (sigma_min + (1 - sigma_min) t) noise``; at t=1 it is the noise.
+        """
+        t = per_sample(t_B, x0)
+        return (1 - t) * x0.float() + (1 - (1 - self.sigma_min) * (1 - t)) * noise.float()
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """The velocity, d x_t / d t, the same at every t. Returns: float32, shape of `x0`."""
+        return (1 - self.sigma_min) * noise.float() - x0.float()
+
+    def to_x0(self, x_t: Tensor, v: Tensor, t_B: Tensor) -> Tensor:
+        """The data that a velocity points at: the inverse of `add_noise` and `target`. Returns: float32."""
+        t = per_sample(t_B, x_t)
+        return (1 - self.sigma_min) * x_t.float() - (1 - (1 - self.sigma_min) * (1 - t)) * v.float()
+
+    def weight(self, t_B: Tensor) -> Tensor:
+        """What each sample's loss is multiplied with. Returns: float32 [B]."""
+        if self.weighting in (None, "uniform"):
+            return torch.ones_like(t_B, dtype=torch.float32)
+        plain = 1 + float(self.shift) * t_B.float() if self.weighting == "linear" else bell_weight(t_B)
+        return plain * self._weight_scale
+
+    def _mean_weight(self) -> float:
+        """The mean of `weight` over the distribution of `t`, by the midpoint rule."""
+        self._weight_scale = 1.0
+        quantile = (torch.arange(1 << 14, dtype=torch.float64) + 0.5) / (1 << 14)
+        mean = 0.0
+        for gate, share in ((0.0, self.mix_uniform_ratio), (1.0, 1 - self.mix_uniform_ratio)):
+            t = self.t_from_base(torch.full_like(quantile, gate), quantile, (1, 1, 1))
+            mean += share * self.weight(t).double().mean().item()
+        return mean
+
+    def times(self, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Times to sample at: `num_steps` + 1 of them, from 1 to 0, shifted. Returns: float32, on the CPU."""
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps!r} must be 1 or more")
+        return self.shift_t(torch.linspace(1, 0, num_steps + 1), latent_shape)
