@@ -57,7 +57,7 @@ class RunConfig:
     guidance: float = setting(4.0, doc="constant given to models with a guidance embedding")
     sample_posterior: bool = setting(True, doc="draw latents from the autoencoder's posterior; False takes its mean")
 
-    dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", doc="dtype of the working weights; masters are float32")
+    dtype: Literal["bf16", "fp32"] = setting("bf16", doc="dtype of the working weights; masters are float32")
     seed: int = setting(42, doc="of every random draw of the run")
     steps: int | None = setting(None, doc="optimizer updates in all; None trains `epochs`")
     epochs: int = setting(1000, doc="passes over the table, where `steps` is None")
@@ -79,6 +79,8 @@ class RunConfig:
     wandb_project: str = setting("opensora_like", doc="project name there")
     ckpt_every: int = setting(0, doc="updates between checkpoints; 0 saves at the end only")
     keep_n_latest: int = setting(-1, doc="complete checkpoints kept; -1 keeps all")
+    async_io: bool = setting(False, doc="write checkpoints in the background; a step waits for the copy only")
+    on_save_error: Literal["stop", "continue"] = setting("stop", doc="what to do when a checkpoint cannot be written")
     load: str | None = setting(None, doc="checkpoint to resume from, or 'latest' of this run's folder")
     start_epoch: int | None = setting(None, doc="with `load`: keep weights and optimizer, restart the data here")
     start_step: int | None = setting(None, doc="with `load`: update within `start_epoch` at which the data restart")

@@ -48,7 +48,7 @@ def find_checkpoint(load: str, run: Path) -> Path:
             raise FileNotFoundError(f"load='latest': {str(run)!r} has no complete checkpoint; start without --load")
         return found[-1]
     if any(c in load for c in "*?["):
-        matches = (Path(f) for f in glob.glob(load))
+        matches = (Path(f) for f in glob.glob(load))  # noqa: PTH207 - Path.glob takes no absolute pattern
         found = sorted((f for f in matches if is_complete(f)), key=lambda f: (step_of(f), f.name))
         if not found:
             raise FileNotFoundError(f"load={load!r} matches no complete checkpoint")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,11 +21,14 @@ from torch import Tensor
 
 from opensora_like.boosters.base import Booster
 from opensora_like.checkpoint import layout
-from opensora_like.checkpoint.pieces import PieceReader, pieces_of, sync_file, write_pieces
+from opensora_like.checkpoint.files import WrittenFile, file_crc32, write_text
+from opensora_like.checkpoint.pieces import Piece, PieceReader, pieces_of, write_pieces
 from opensora_like.datasets.plan import what_changed
+from opensora_like.runtime import logger
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.py"
+CHECKSUMS_FILE = "checksums.json"
 
 
 @dataclass
@@ -44,12 +50,17 @@ class TrainState:
 class CheckpointManager:
     """Writes checkpoints of one run into its folder and reads them back.
 
+    With `async_io` a save waits only for the copy out of the device; a thread writes, syncs and publishes. One save
+    is in flight at most; its copy takes as much host memory as this rank's part of the checkpoint, allocated once.
+
     Args:
         run: the run's folder; checkpoints are ``epoch{E}-global_step{S}`` in it.
         config_text: the resolved config, kept beside the tensors.
         keep_n_latest: complete checkpoints kept; -1 keeps all.
         order: what the order of the data depends on, `datasets.plan.order_key`.
         about: further facts for the state file (world size, booster...).
+        on_save_error: "stop" raises at the next step, "continue" logs and trains on.
+        hook: told the name of each stage of a save as it is reached; for tests of crashes.
     """
 
     def __init__(
@@ -62,52 +73,143 @@ class CheckpointManager:
         keep_n_latest: int,
         order: Mapping[str, Any],
         about: Mapping[str, Any],
+        async_io: bool = False,
+        on_save_error: str = "stop",
+        hook: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self.run, self.booster, self.ema = run, booster, ema
         self._config_text, self._keep, self._about = config_text, keep_n_latest, dict(about)
         self.order = dict(order)
         if keep_n_latest == 0 or keep_n_latest < -1:
             raise ValueError(f"keep_n_latest={keep_n_latest} would keep no checkpoint; use 1 or more, or -1 for all")
+        self._stop_on_error, self._hook = on_save_error == "stop", hook
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if async_io else None
+        self._pending: Future[str] | None = None
+        self._staged: dict[tuple[str, str], Tensor] = {}
+        # a group of its own: the writer thread talks while the training does
+        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
     def save(self, state: TrainState) -> Path:
-        """Write a complete checkpoint on all ranks together; return when it is durable and visible."""
+        """Save on all ranks together: wait for it, or with `async_io` for the copy only.
+
+        Returns: where it will be.
+
+        Raises:
+            OSError: this save, or the one before it, could not be written, and errors stop the run.
+        """
+        self.wait()
+        self._hook("begin")
         name = layout.checkpoint_name(state.epoch, state.step)
-        staging = layout.staging_folder(self.run, name)
-        rank = dist.get_rank()
-        if rank == 0:
-            staging.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+        pieces = self._pieces()
+        if self._thread is not None:
+            pieces = self._stage(pieces)
+            self._hook("copied")
+            self._pending = self._thread.submit(self._write, dataclasses.replace(state), name, pieces)
+        else:
+            self._report(self._write(state, name, pieces))
+        return self.run / name
+
+    def check(self) -> None:
+        """Hear of a save that has ended in the background; call it once per step.
+
+        Raises:
+            OSError: it failed, and errors stop the run.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one. Raises as `check`."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._report(pending.result())
+
+    def _report(self, problem: str) -> None:
+        if not problem:
+            return
+        if self._stop_on_error:
+            raise OSError(f"{problem}; the last complete checkpoint is untouched. free space or mend the disk")
+        logger.error("%s; training goes on (on_save_error='continue')", problem)
+
+    def _pieces(self) -> list[Piece]:
         ranges = self.booster.ranges()
         pieces = pieces_of("master", dict(self.booster.master_shards()), ranges)
         for kind, tensors in self.booster.optimizer_shards().items():
             pieces += pieces_of(kind, tensors, ranges)
         if self.ema is not None:
             pieces += pieces_of("ema", self.ema, ranges)
-        sizes = write_pieces(staging, rank, pieces)
-        all_sizes: list[dict[str, int] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(all_sizes, sizes)
-        if rank == 0:
-            self._write_state(staging, state, {k: v for s in all_sizes for k, v in s.items()})
-            layout.publish(self.run, name)
-            layout.remove_old(self.run, self._keep)
-        dist.barrier()
-        return self.run / name
+        return pieces
 
-    def _write_state(self, staging: Path, state: TrainState, sizes: Mapping[str, int]) -> None:
-        (staging / CONFIG_FILE).write_text(self._config_text)
-        sync_file(staging / CONFIG_FILE)
+    def _stage(self, pieces: list[Piece]) -> list[Piece]:
+        """Copy the tensors into host buffers that are kept for the next save; pinned where there is a GPU."""
+        copied = []
+        for piece in pieces:
+            key, tensor = (piece.kind, piece.name), piece.tensor.detach()
+            buffer = self._staged.get(key)
+            if buffer is None or buffer.shape != tensor.shape:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._staged[key] = buffer
+            copied.append(piece._replace(tensor=buffer.copy_(tensor, non_blocking=True)))
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def _write(self, state: TrainState, name: str, pieces: list[Piece]) -> str:
+        """Write, agree, publish. Returns: what went wrong on any rank, "" if nothing; the same on all."""
+        began = time.perf_counter()
+        staging = layout.staging_folder(self.run, name)
+        written: dict[str, WrittenFile] = {}
+        problem = ""
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            written = write_pieces(staging, dist.get_rank(), pieces, on_file=lambda file: self._hook(f"file {file}"))
+        except OSError as error:
+            problem = f"rank {dist.get_rank()} could not save {name}: {error}"
+        self._hook("written")
+        everything = self._gather((written, problem))
+        problems = [p for _, p in everything if p]
+        if not problems and dist.get_rank() == 0:
+            files = {file: facts for files, _ in everything for file, facts in files.items()}
+            try:
+                self._publish(staging, name, state, files)
+            except OSError as error:
+                problems = [f"rank 0 could not publish {name}: {error}"]
+        problem = self._gather("; ".join(problems))[0]
+        if dist.get_rank() == 0:
+            if problem:
+                shutil.rmtree(staging, ignore_errors=True)  # what is left of it is taken away at the next start
+            else:
+                logger.info("saved %s in %.2f seconds", self.run / name, time.perf_counter() - began)
+        return problem
+
+    def _gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, on every rank; from the writer's own group."""
+        if self._group is None:
+            return [value]
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def _publish(self, staging: Path, name: str, state: TrainState, files: Mapping[str, WrittenFile]) -> None:
+        """Rank 0, when every rank's files are on disk."""
+        files = {**files, CONFIG_FILE: write_text(staging / CONFIG_FILE, self._config_text)}
+        sums = {file: facts._asdict() for file, facts in sorted(files.items())}
+        write_text(staging / CHECKSUMS_FILE, json.dumps(sums, indent=1))
+        self._hook("checksums")
         facts = {
             "format_version": FORMAT_VERSION,
             **dataclasses.asdict(state),
             "data_order": self.order,
             **self._about,
             "versions": _versions(),
-            "files": dict(sorted(sizes.items())),
         }
-        path = staging / layout.STATE_FILE
-        path.write_text(json.dumps(facts, indent=1))
-        sync_file(path)
+        write_text(staging / layout.STATE_FILE, json.dumps(facts, indent=1))
         layout.sync_folder(staging)
+        self._hook("state")
+        layout.publish(self.run, name)
+        self._hook("published")
+        layout.remove_old(self.run, self._keep)
+        self._hook("removed")
 
     def load(self, folder: Path) -> TrainState:
         """Read weights, optimizer and EMA of this rank's ranges, whatever number of ranks wrote them.
@@ -119,7 +221,7 @@ class CheckpointManager:
             ValueError: the checkpoint belongs to another model, optimizer or format.
         """
         facts = read_state(folder)
-        check_sizes(folder, facts)
+        self.check_files(folder)
         reader = PieceReader(folder)
         ranges = self.booster.ranges()
         self._check_names(reader, folder)
@@ -135,6 +237,38 @@ class CheckpointManager:
                     _read_into(shard, reader, kind, name, ranges[name])
         self.booster.refresh()
         return TrainState(**{f.name: facts[f.name] for f in dataclasses.fields(TrainState)})
+
+    def check_files(self, folder: Path) -> None:
+        """Compare size and checksum of every file with what was written; the ranks share the reading.
+
+        Raises:
+            OSError: on every rank, naming each file that is gone, cut short or changed.
+        """
+        sums = json.loads((folder / CHECKSUMS_FILE).read_text())
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        mine = [check_file(folder / file, **sums[file]) for file in sorted(sums)[rank::world_size]]
+        problems = [p for found in self._gather([p for p in mine if p]) for p in found]
+        if problems:
+            raise OSError(f"{'; '.join(problems)}; take an earlier checkpoint, or a copy of this one")
+
+    def newest_intact(self) -> Path:
+        """The newest complete checkpoint of the run whose files are as they were written; damaged ones are reported.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        found = layout.complete_checkpoints(self.run)
+        for folder in reversed(found):
+            try:
+                self.check_files(folder)
+            except OSError as problem:
+                logger.warning("load='latest' passes over %s: %s", folder.name, problem)
+            else:
+                return folder
+        raise FileNotFoundError(
+            f"load='latest': {str(self.run)!r} has {len(found)} complete checkpoints and none is intact; "
+            "start without --load in another --exp-name"
+        )
 
     def _check_names(self, reader: PieceReader, folder: Path) -> None:
         ranges = self.booster.ranges()
@@ -180,20 +314,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def check_sizes(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Compare every file with the size it had when it was saved.
-
-    Raises:
-        OSError: a file is gone or has another size.
-    """
-    for file, size in facts["files"].items():
-        path = folder / file
-        if not path.is_file():
-            raise OSError(f"{str(path)!r} is missing from the checkpoint; take an earlier one")
-        if path.stat().st_size != size:
-            raise OSError(
-                f"{str(path)!r} has {path.stat().st_size} bytes, {size} were written; take an earlier checkpoint"
-            )
+def check_file(path: Path, *, size: int, crc32: int) -> str:
+    """What is wrong with a file of a checkpoint, "" if nothing."""
+    if not path.is_file():
+        return f"{str(path)!r} is missing"
+    if path.stat().st_size != size:
+        return f"{str(path)!r} has {path.stat().st_size} bytes, {size} were written"
+    found = file_crc32(path)
+    return "" if found == crc32 else f"{str(path)!r} has checksum {found:08x}, {crc32:08x} was written: it has changed"
 
 
 def check_order(facts: Mapping[str, Any], order: Mapping[str, Any], folder: Path) -> None:

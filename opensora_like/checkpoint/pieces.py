@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from opensora_like.checkpoint.files import WrittenFile, write_safetensors, write_text
 
 
 class Piece(NamedTuple):
@@ -30,32 +30,30 @@ class Piece(NamedTuple):
     tensor: Tensor
 
 
-def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> dict[str, int]:
+def write_pieces(
+    folder: Path, rank: int, pieces: Iterable[Piece], *, on_file: Callable[[str], None] = lambda file: None
+) -> dict[str, WrittenFile]:
     """Write this rank's pieces, one safetensors file per kind, and the list that says what is where.
 
-    Returns: file name -> bytes on disk, of every file written.
+    Args:
+        on_file: told the name of each file when the disk has it.
+
+    Returns: file name -> size and checksum, of every file written.
     """
-    by_kind: dict[str, dict[str, Tensor]] = {}
+    by_file: dict[str, list[tuple[str, Tensor]]] = {}
     listing = []
     for piece in pieces:
         file = f"{piece.kind}.rank{rank:05d}.safetensors"
-        by_kind.setdefault(file, {})[piece.name] = piece.tensor.detach().cpu().contiguous()
+        by_file.setdefault(file, []).append((piece.name, piece.tensor.detach().cpu().contiguous()))
         listing.append([piece.kind, piece.name, list(piece.shape), piece.start, piece.stop, file])
-    sizes = {}
-    for file, tensors in by_kind.items():
-        save_file(tensors, folder / file)
-        sizes[file] = sync_file(folder / file)
+    written = {}
+    for file, tensors in by_file.items():
+        written[file] = write_safetensors(folder / file, tensors)
+        on_file(file)
     table = f"pieces.rank{rank:05d}.json"
-    (folder / table).write_text(json.dumps(listing))
-    sizes[table] = sync_file(folder / table)
-    return sizes
-
-
-def sync_file(path: Path) -> int:
-    """Make a written file durable. Returns: its size in bytes."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return file.seek(0, os.SEEK_END)
+    written[table] = write_text(folder / table, json.dumps(listing))
+    on_file(table)
+    return written
 
 
 class PieceReader:

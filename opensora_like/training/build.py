@@ -196,6 +196,8 @@ def build_checkpoints(
         keep_n_latest=cfg.keep_n_latest,
         order=order_key(dataset.table, dataset.buckets, fps_max=dataset.fps_max, seed=cfg.seed),
         about={"world_size": runtime.world_size, "booster": dict(cfg.booster), "dtype": cfg.dtype, "seed": cfg.seed},
+        async_io=cfg.async_io,
+        on_save_error=cfg.on_save_error,
     )
 
 
@@ -236,7 +238,7 @@ def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, 
         if restart:
             raise ValueError("start_epoch and start_step move the data of a loaded checkpoint; give --load as well")
         return TrainState()
-    source = layout.find_checkpoint(cfg.load, folder)
+    source = checkpoints.newest_intact() if cfg.load == "latest" else layout.find_checkpoint(cfg.load, folder)
     if not restart:
         check_order(read_state(source), checkpoints.order, source)
     state = checkpoints.load(source)

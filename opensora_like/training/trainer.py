@@ -16,7 +16,7 @@ from opensora_like.boosters.base import Booster
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.datasets.batch import Batch
 from opensora_like.datasets.plan import EpochPlan, Position, advance
-from opensora_like.runtime import MetricWriter, Runtime, StopSignal, logger, mean_over_ranks
+from opensora_like.runtime import MetricWriter, Runtime, StopSignal, mean_over_ranks
 from opensora_like.training.ema import EMA
 from opensora_like.training.optim import lr_factor
 
@@ -73,7 +73,6 @@ def train(run: Run) -> bool:
     """
     state, schedule, booster = run.state, run.schedule, run.booster
     meter, stop = Meter(run), StopSignal()
-    saved_at = state.step
     while not schedule.is_done(state):
         for group in booster.param_groups:
             group["lr"] = group["base_lr"] * lr_factor(
@@ -99,12 +98,12 @@ def train(run: Run) -> bool:
             run.ema.update()
         meter.after_step(seen, grad_norm)
         stopping = stop.agreed()
+        run.checkpoints.check()
         if stopping or schedule.is_done(state) or is_due(state.step, schedule.ckpt_every):
-            saved_at = save(run)
+            run.checkpoints.save(state)
         if stopping:
             break
-    if saved_at != state.step:
-        save(run)
+    run.checkpoints.wait()
     meter.close()
     stop.close()
     return schedule.is_done(state)
@@ -124,14 +123,6 @@ def _advance(run: Run, *, first: Batch) -> None:
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every `every` updates happens after update `step`; 0 is never."""
     return every > 0 and step % every == 0
-
-
-def save(run: Run) -> int:
-    """Save a checkpoint. Returns: the step it holds."""
-    began = time.perf_counter()
-    folder = run.checkpoints.save(run.state)
-    logger.info("saved %s in %.2f seconds", folder, time.perf_counter() - began)
-    return run.state.step
 
 
 def describe_non_finite(grad_norm: float, seen: list[tuple[Batch, Tensor]], step: int) -> str:
