@@ -72,7 +72,7 @@ def read_config(path: str | Path, arguments: Sequence[str] = (), *, schema: type
     """
     settings, layers = read_layers(Path(path))
     _import_custom(settings.get("custom_imports"))
-    settings = {**_section_defaults(schema), **_plain(settings)}
+    settings = _over_defaults(_plain(settings), schema)
     flags: dict[KeyPath, str] = {}
     for key, words in split_arguments(arguments):
         set_to = set_path(settings, key, words, lambda p, s: _hint_of(p, s, schema))
@@ -86,9 +86,19 @@ def read_config(path: str | Path, arguments: Sequence[str] = (), *, schema: type
     return Explained(config, layers)
 
 
-def _section_defaults(schema: type) -> dict[str, Any]:
-    """Sections that a config need not mention, so that an override can reach into them."""
-    return {f.name: f.default_factory() for f in dataclasses.fields(schema) if f.default_factory is not MISSING}
+def _over_defaults(settings: dict[str, Any], schema: type) -> dict[str, Any]:
+    """`settings` with the sections that they do not mention, so that an override can reach into these.
+
+    A section without a ``type`` changes the default one; with a ``type`` it stands for itself.
+    """
+    for spec in dataclasses.fields(schema):
+        if spec.default_factory is not MISSING:
+            default, given = spec.default_factory(), settings.get(spec.name)
+            if given is None:
+                settings[spec.name] = default
+            elif isinstance(default, dict) and isinstance(given, dict) and "type" not in given:
+                settings[spec.name] = {**default, **given}
+    return settings
 
 
 def _import_custom(custom: Any) -> None:

@@ -40,7 +40,7 @@ def read_layers(path: Path) -> tuple[dict[str, Any], list[Layer]]:
         raise FileNotFoundError(f"config {str(path)!r} does not exist{_similar_files(path)}")
     layers = _layers_of(path, ())
     try:
-        merged = Config.fromfile(str(path), lazy_import=False).to_dict()
+        merged = Config.fromfile(str(path), lazy_import=False, import_custom_modules=False).to_dict()
     except (KeyError, TypeError, SyntaxError, NameError, ValueError, AttributeError) as problem:
         raise ValueError(f"config {str(path)!r} cannot be read: {problem}") from problem
     return merged, layers

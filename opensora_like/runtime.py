@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -132,11 +133,12 @@ class StopSignal:
         return stop
 
     def close(self) -> None:
-        """Give the signals back and wait for what is in flight."""
-        if self._work is not None:
-            self._work.wait()
+        """Give the signals back, and let what is in flight end."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._work is not None:
+            with contextlib.suppress(RuntimeError):  # a peer is gone; whoever closes is ending, too, for that reason
+                self._work.wait(datetime.timedelta(seconds=10))
 
 
 class MetricWriter(Protocol):

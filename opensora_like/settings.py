@@ -116,7 +116,7 @@ class InferenceConfig:
     image_osci: bool = setting(True, doc="the same for image guidance")
     scale_temporal_osci: bool = setting(True, doc="let image guidance grow along the latent frames")
     distilled_guidance: float = setting(4.0, doc="constant given to models with a guidance embedding")
-    motion_score: str | None = setting(None, doc="appended to the prompt as in training; None appends nothing")
+    motion_score: float | None = setting(None, doc="appended to the prompt as in training; None appends nothing")
     fps_in_caption: bool = setting(True, doc="append the frame rate to the prompt as in training")
     fps_save: int = setting(24, doc="frames per second of the files")
     num_sample: int = setting(1, doc="samples per prompt")

@@ -93,7 +93,7 @@ def test_overrides_mean_what_they_say(base: Path, arguments: list[str], key: str
 REFUSED = [
     (["--typo-key", "3"], "typo-key|typo_key"),
     (["--learning_rate", "3"], "no such setting"),
-    (["--foo.bar", "1"], "no section 'foo'"),
+    (["--foo.bar", "1"], "--foo: no such setting"),
     (["--model.foo.bar", "1"], "foo"),
     (["--model.depht", "1"], "did you mean .*'depth'"),
     (["--optim.lrr", "1"], "did you mean .*'lr'"),

@@ -63,7 +63,8 @@ def configs_page() -> str:
     for registry in (MODELS, DATASETS, SCHEDULERS, BOOSTERS):
         registry.import_from_location()
         parts.append(f"## {registry.name.upper()}S: `type` and its arguments")
-        for name, cls in sorted(registry.module_dict.items()):
+        own = {n: c for n, c in registry.module_dict.items() if c.__module__.startswith("opensora_like.")}
+        for name, cls in sorted(own.items()):
             parts.append(component(name, cls, given.get(registry.name, ())))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

@@ -61,9 +61,13 @@ def shape_table(name: str, *, multiple: int, training: bool = True) -> dict[str,
         return {most: table[most]}
     if only is not None:
         ratio = only.removeprefix("ar")
-        if ratio not in table:
-            raise ValueError(f"resolution {name!r}: no aspect ratio {ratio!r} there; {nearest(ratio, table)}")
-        return {ratio: table[ratio]}
+        if ratio in table:
+            return {ratio: table[ratio]}
+        known = {*RATIOS, *map(_reversed, RATIOS)}
+        if ratio not in known:
+            raise ValueError(f"resolution {name!r}: no aspect ratio {ratio!r} there; {nearest(ratio, known)}")
+        # left out of the whole table because another ratio has its shape there; alone it is what was asked for
+        return {ratio: _nearer_shape(_base_shape(pixels, ratio, multiple), pixels, multiple)}
     return table
 
 

@@ -19,10 +19,10 @@ from opensora_like.checkpoint.manager import CheckpointManager, TrainState, chec
 from opensora_like.checkpoint.weights import load_weights, read_weights
 from opensora_like.conditioning.encode import Encode
 from opensora_like.config import config_text, to_dict
+from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.batch import Batch
 from opensora_like.datasets.loader import BadSampleLog, make_loader
 from opensora_like.datasets.plan import Position, order_key, rank_stream, steps_in_epoch
-from opensora_like.datasets.video_text import VideoText
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
 from opensora_like.registry import BOOSTERS, DATASETS, MODELS, SCHEDULERS, build
 from opensora_like.runtime import Runtime, logger
@@ -43,7 +43,7 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
         ValueError: settings that do not fit each other, the data or the checkpoint.
         FileNotFoundError: a table, a file of weights or a checkpoint that is not there.
     """
-    folder = open_run_folder(cfg, runtime, config_name)
+    folder, lock = open_run_folder(cfg, runtime, config_name)
     rt.set_up_logging(runtime, folder / "log.txt")
     model = build_model(cfg)
     autoencoder, encoders = build_frozen(cfg, runtime.device)
@@ -80,6 +80,7 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
         ema=ema,
         state=state,
         on_batch=BadSampleLog(folder / "bad_samples.jsonl", max_bad_fraction=cfg.max_bad_fraction).record,
+        lock=lock,
     )
 
 
@@ -92,46 +93,42 @@ def run_name(cfg: RunConfig, config_name: str) -> str:
     return f"{time.strftime('%y%m%d_%H%M%S')}-{'_'.join(below)}"
 
 
-def open_run_folder(cfg: RunConfig, runtime: Runtime, config_name: str) -> Path:
+def open_run_folder(cfg: RunConfig, runtime: Runtime, config_name: str) -> tuple[Path, TextIO | None]:
     """Make the run's folder, refuse one that is in use or holds another run's checkpoints, write the config.
 
+    Returns: the folder, and on rank 0 its lock: an open file; whoever holds it owns the folder.
+
     Raises:
-        ValueError: ``load='latest'`` without a name, or a folder with checkpoints and no ``load``.
-        RuntimeError: another process trains in this folder.
+        ValueError: ``load='latest'`` without a name, a folder in use, or one with checkpoints and no ``load``.
     """
     if cfg.load == "latest" and not cfg.exp_name:
         raise ValueError("load='latest' looks in the run's own folder; say which with --exp-name")
     folder = Path(cfg.outputs) / rt.broadcast_text(run_name(cfg, config_name))
-    problem = ""
+    lock, problem = None, ""
     if runtime.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        problem = _occupied(folder)
+        lock = (folder / ".lock").open("w")
+        problem = _occupied(folder, lock, is_new=cfg.load is None)
         if not problem:
-            layout.recover(folder)
-            found = layout.complete_checkpoints(folder)
-            if found and cfg.load is None:
-                problem = (
-                    f"{str(folder)!r} already holds {found[-1].name}; continue it with --load latest, "
-                    "or choose another --exp-name"
-                )
-            else:
-                (folder / "config.py").write_text(config_text(cfg))
+            (folder / "config.py").write_text(config_text(cfg))
     if problem := rt.broadcast_text(problem):
         raise ValueError(problem)
-    return folder
+    return folder, lock
 
 
-_LOCKS: dict[Path, TextIO] = {}  # open files keep their lock until the process ends
-
-
-def _occupied(folder: Path) -> str:
-    """Take the folder's lock. Returns: what is wrong, "" if nothing."""
-    lock = (folder / ".lock").open("w")
+def _occupied(folder: Path, lock: TextIO, *, is_new: bool) -> str:
+    """Take the folder. Returns: what is wrong, "" if nothing."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return f"another run is training in {str(folder)!r}; stop it, or choose another --exp-name"
-    _LOCKS[folder] = lock
+    layout.recover(folder)
+    found = layout.complete_checkpoints(folder)
+    if found and is_new:
+        return (
+            f"{str(folder)!r} already holds {found[-1].name}; continue it with --load latest, "
+            "or choose another --exp-name"
+        )
     return ""
 
 
@@ -156,7 +153,7 @@ def build_frozen(cfg: RunConfig, device: torch.device) -> tuple[Autoencoder, dic
     return autoencoder, encoders
 
 
-def build_dataset(cfg: RunConfig, *, multiple: int) -> VideoText:
+def build_dataset(cfg: RunConfig, *, multiple: int) -> ClipDataset:
     """The dataset of `cfg.dataset`; `multiple` is what heights and widths must be a multiple of."""
     return build(
         cfg.dataset, DATASETS, where="dataset", bucket_config=cfg.bucket_config, multiple=multiple, seed=cfg.seed
@@ -185,7 +182,7 @@ def build_encode(
 
 
 def build_checkpoints(
-    cfg: RunConfig, runtime: Runtime, folder: Path, dataset: VideoText, booster: Booster, ema: EMA | None
+    cfg: RunConfig, runtime: Runtime, folder: Path, dataset: ClipDataset, booster: Booster, ema: EMA | None
 ) -> CheckpointManager:
     """Where the run's checkpoints go, and what is written beside the tensors."""
     return CheckpointManager(
@@ -201,7 +198,7 @@ def build_checkpoints(
     )
 
 
-def make_schedule(cfg: RunConfig, dataset: VideoText, booster: Booster) -> Schedule:
+def make_schedule(cfg: RunConfig, dataset: ClipDataset, booster: Booster) -> Schedule:
     """Total steps from `steps`, or from `epochs` where every epoch has the same number of them.
 
     Raises:
@@ -249,7 +246,7 @@ def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, 
 
 
 def batches_from(
-    cfg: RunConfig, runtime: Runtime, dataset: VideoText, booster: Booster, state: TrainState
+    cfg: RunConfig, runtime: Runtime, dataset: ClipDataset, booster: Booster, state: TrainState
 ) -> Iterator[Batch]:
     """This rank's batches from the state's position on, without end."""
     micro_batches = rank_stream(
@@ -282,7 +279,7 @@ def make_writers(cfg: RunConfig, runtime: Runtime, folder: Path, step: int) -> l
 
 
 def log_summary(
-    cfg: RunConfig, runtime: Runtime, dataset: VideoText, model: Denoiser, schedule: Schedule, state: TrainState
+    cfg: RunConfig, runtime: Runtime, dataset: ClipDataset, model: Denoiser, schedule: Schedule, state: TrainState
 ) -> None:
     """One line each for data, model and schedule."""
     plan = dataset.plan(state.epoch)

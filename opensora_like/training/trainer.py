@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -45,10 +47,22 @@ class Schedule:
         """Whether the last update was made."""
         return state.epoch >= self.epochs if self.total_steps is None else state.step >= self.total_steps
 
+    def lr_factor(self, step: int) -> float:
+        """What the base learning rate is multiplied with in update number `step`, from 0."""
+        return lr_factor(
+            step, warmup_steps=self.warmup_steps, schedule=self.lr_schedule, total_steps=self.total_steps or 0
+        )
+
 
 @dataclass
 class Run:
-    """Everything a loop needs, built."""
+    """Everything a loop needs, built.
+
+    Args:
+        plan_of: epoch -> its plan.
+        on_batch: hears of every batch before it is used.
+        lock: an open file that keeps other runs out of the folder; closed at the end.
+    """
 
     runtime: Runtime
     schedule: Schedule
@@ -61,6 +75,7 @@ class Run:
     ema: EMA | None
     state: TrainState
     on_batch: Callable[[Batch], None]
+    lock: TextIO | None = None
 
 
 def train(run: Run) -> bool:
@@ -72,40 +87,34 @@ def train(run: Run) -> bool:
         FloatingPointError: a loss or gradient is not finite; weights and checkpoints are those of the step before.
     """
     state, schedule, booster = run.state, run.schedule, run.booster
-    meter, stop = Meter(run), StopSignal()
-    while not schedule.is_done(state):
-        for group in booster.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor(
-                state.step,
-                warmup_steps=schedule.warmup_steps,
-                schedule=schedule.lr_schedule,
-                total_steps=schedule.total_steps,
-            )
-        seen: list[tuple[Batch, Tensor]] = []
-        for micro in range(schedule.accumulation_steps):
-            batch = meter.next_batch(run.batches)
-            run.on_batch(batch)
-            with booster.micro_batch(last=micro == schedule.accumulation_steps - 1):
-                loss = run.step_fn(batch)
-                booster.backward(loss / schedule.accumulation_steps)
-            seen.append((batch, loss.detach()))
-        grad_norm = booster.step()
-        if not math.isfinite(grad_norm):  # before anything is averaged, written or saved
-            raise FloatingPointError(describe_non_finite(grad_norm, seen, state.step + 1))
+    with closing(Meter(run)) as meter, closing(StopSignal()) as stop, run.lock or nullcontext():
+        while not schedule.is_done(state):
+            for group in booster.param_groups:
+                group["lr"] = group["base_lr"] * schedule.lr_factor(state.step)
 
-        _advance(run, first=seen[0][0])
-        if run.ema is not None:
-            run.ema.update()
-        meter.after_step(seen, grad_norm)
-        stopping = stop.agreed()
-        run.checkpoints.check()
-        if stopping or schedule.is_done(state) or is_due(state.step, schedule.ckpt_every):
-            run.checkpoints.save(state)
-        if stopping:
-            break
-    run.checkpoints.wait()
-    meter.close()
-    stop.close()
+            seen: list[tuple[Batch, Tensor]] = []
+            for micro in range(schedule.accumulation_steps):
+                batch = meter.next_batch(run.batches)
+                run.on_batch(batch)
+                with booster.micro_batch(last=micro == schedule.accumulation_steps - 1):
+                    loss = run.step_fn(batch)
+                    booster.backward(loss / schedule.accumulation_steps)
+                seen.append((batch, loss.detach()))
+            grad_norm = booster.step()
+            if not math.isfinite(grad_norm):  # before anything is averaged, written or saved
+                raise FloatingPointError(describe_non_finite(grad_norm, seen, state.step + 1))
+
+            _advance(run, first=seen[0][0])
+            if run.ema is not None:
+                run.ema.update()
+            meter.after_step(seen, grad_norm)
+            run.checkpoints.check()
+            stopping = stop.agreed()
+            if stopping or schedule.is_done(state) or is_due(state.step, schedule.ckpt_every):
+                run.checkpoints.save(state)
+            if stopping:
+                break
+        run.checkpoints.wait()
     return schedule.is_done(state)
 
 

@@ -60,7 +60,7 @@ def test_closest_ratio_is_exact_beside_its_limits():
         ("0px", 16, "'0px' is not a resolution"),
         ("256px_square", 16, "'256px_square' is not a resolution"),
         ("256px_ar16:10", 16, "no aspect ratio '16:10' there; did you mean"),
-        ("256px_ar1.85:1", 16, "no aspect ratio '1.85:1'"),
+        ("256px_ar3:5", 16, "no aspect ratio '3:5'"),
         ("16px", 16, "256 pixels, too few for sides that are multiples of 16"),
         ("256px", 0, "multiple=0 must be"),
     ],

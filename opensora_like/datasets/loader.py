@@ -1,0 +1,189 @@
+"""Read the micro-batches of a plan in worker processes, and deal with rows that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from opensora_like.datasets.base import ClipDataset
+from opensora_like.datasets.batch import Batch, BucketShape, Sample
+from opensora_like.datasets.plan import MicroBatch
+from opensora_like.datasets.video_io import BadSample
+
+
+def make_loader(
+    dataset: ClipDataset,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Read micro-batches ahead, and give them in their order.
+
+    The order comes from `micro_batches` alone, which may be endless: the workers stay over epochs and know
+    nothing of a plan. It is drawn from up to ``num_workers * prefetch_factor`` ahead of what was given, so a
+    position to resume from is that of the batches used, not that of the iterator.
+
+    Args:
+        num_workers: processes, each with one thread; 0 reads in this one. The batches are the same.
+        prefetch_factor: micro-batches that each worker reads ahead.
+        pin_memory: copy tensors to page-locked memory, for a fast copy to a GPU.
+
+    Returns: `Batch`es of as many samples as their micro-batch has rows, bad rows replaced by spares and listed
+    in `Batch.bad`.
+
+    Raises:
+        ValueError: (while iterating) a micro-batch has more bad rows than spares; the files are named.
+    """
+    loader = DataLoader(
+        _Reads(dataset),
+        sampler=micro_batches,
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_use_one_thread,
+        generator=torch.Generator(),  # else it draws a seed from the process' own generator
+    )
+    return map(_to_batch, loader)
+
+
+def _use_one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+class NoSpareLeft(ValueError):
+    """A micro-batch has more rows that cannot be read than rows that stand by."""
+
+
+class _Reads(Dataset):
+    """Looks a micro-batch up as if it were an index. Gives a dict, since pinning does not know our `Batch`."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        try:
+            return vars(read_batch(self.dataset, micro_batch))
+        except NoSpareLeft as problem:  # as a value: raised in a worker it would arrive wrapped in its traceback
+            return {"error": str(problem)}
+
+
+def read_batch(dataset: ClipDataset, micro_batch: MicroBatch) -> Batch:
+    """Read one micro-batch; a bad row's place is taken by the next spare.
+
+    Raises:
+        NoSpareLeft: see there.
+    """
+    rows, shape, epoch = micro_batch.rows.tolist(), micro_batch.shape, micro_batch.epoch
+    used = set(rows)
+    spares = iter(micro_batch.spares.tolist())
+    samples: list[Sample] = []
+    bad: list[tuple[int, str, str]] = []
+    for row in rows:
+        candidate: int | None = row
+        while True:
+            try:
+                samples.append(dataset.read(candidate, shape, epoch))
+                break
+            except BadSample as problem:
+                bad.append((candidate, problem.path, problem.reason))
+            candidate = next((spare for spare in spares if spare not in used), None)
+            if candidate is None:
+                raise NoSpareLeft(_no_spare_text(micro_batch, bad))
+            used.add(candidate)
+    return collate(samples, micro_batch=micro_batch, bad=bad)
+
+
+def _no_spare_text(micro_batch: MicroBatch, bad: list[tuple[int, str, str]]) -> str:
+    files = "\n".join(f"  row {row} {path!r}: {reason}" for row, path, reason in bad)
+    return (
+        f"micro-batch {micro_batch.index} of epoch {micro_batch.epoch} ({micro_batch.shape}): {len(bad)} of its "
+        f"{len(micro_batch.rows)} rows and {len(micro_batch.spares)} spares cannot be read, and no spare is left; "
+        f"remove them from the table (tools/meta.py does):\n{files}"
+    )
+
+
+def collate(samples: list[Sample], *, micro_batch: MicroBatch, bad: list[tuple[int, str, str]]) -> Batch:
+    """Stack samples of one shape.
+
+    Raises:
+        ValueError: tensors of different shapes; both are named.
+    """
+    names = sorted({name for sample in samples for name in sample.embeddings})
+    return Batch(
+        epoch=micro_batch.epoch,
+        index=micro_batch.index,
+        shape=micro_batch.shape,
+        rows=[sample.row for sample in samples],
+        text=[sample.text for sample in samples],
+        paths=[sample.path for sample in samples],
+        video_BCTHW=_stack("video", samples, [s.video_CTHW for s in samples]),
+        latents_BCTHW=_stack("latents", samples, [s.latents_CTHW for s in samples]),
+        embeddings={name: _stack(name, samples, [s.embeddings.get(name) for s in samples]) for name in names},
+        bad=bad,
+    )
+
+
+def _stack(name: str, samples: list[Sample], tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    if all(tensor is None for tensor in tensors):
+        return None
+    first = tensors[0]
+    for sample, tensor in zip(samples, tensors, strict=True):
+        if tensor is None or first is None or tensor.shape != first.shape:
+            shapes = [None if t is None else tuple(t.shape) for t in (first, tensor)]
+            raise ValueError(
+                f"{name} of {sample.path!r} is {shapes[1]}, that of {samples[0].path!r} in the same batch is "
+                f"{shapes[0]}; all samples of a bucket need one shape"
+            )
+    return torch.stack(tensors)
+
+
+def _to_batch(fields: dict[str, Any]) -> Batch:
+    if "error" in fields:
+        raise NoSpareLeft(fields["error"])
+    shape, bad = BucketShape(*fields["shape"]), [tuple(entry) for entry in fields["bad"]]  # pinning makes lists of both
+    return Batch(**{**fields, "shape": shape, "bad": bad})
+
+
+class BadSampleLog:
+    """Writes down what could not be read, and stops a run that loses too much of its data.
+
+    Args:
+        path: of the file, one line of json per bad row: row, path, reason, epoch. It is appended to.
+        max_bad_fraction: the share of the samples seen that may be bad, from 0 to 1.
+        min_seen: before this many samples nothing is judged.
+    """
+
+    def __init__(self, path: str | Path, *, max_bad_fraction: float = 0.01, min_seen: int = 20) -> None:
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={max_bad_fraction!r} is not between 0 and 1")
+        self.path, self.max_bad_fraction, self.min_seen = Path(path), max_bad_fraction, min_seen
+        self.num_seen = 0
+        self.num_bad = 0
+
+    def record(self, batch: Batch) -> None:
+        """Count a batch and write down its bad rows.
+
+        Raises:
+            ValueError: more than `max_bad_fraction` of the samples seen could not be read.
+        """
+        self.num_seen += len(batch) + len(batch.bad)
+        self.num_bad += len(batch.bad)
+        if batch.bad:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [{"row": row, "path": p, "reason": reason, "epoch": batch.epoch} for row, p, reason in batch.bad]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        if self.num_seen >= self.min_seen and self.num_bad > self.max_bad_fraction * self.num_seen:
+            raise ValueError(
+                f"{self.num_bad} of {self.num_seen} samples cannot be read, max_bad_fraction={self.max_bad_fraction} "
+                f"allows {int(self.max_bad_fraction * self.num_seen)}; they are listed in {str(self.path)!r}: correct "
+                f"the table (tools/meta.py leaves them out) or raise max_bad_fraction"
+            )

@@ -1,0 +1,204 @@
+"""The loop: a run that was killed and resumed is the run that was not, bit for bit; and it stops where it must."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensora_like.checkpoint import layout
+from opensora_like.datasets.batch import Batch
+from opensora_like.training.optim import lr_factor
+from tests.training.harness import Killed, assert_same, build_toy, metrics_of, train_toy
+
+STEPS = 17  # an epoch of the toy data has 14 to 18 micro-batches
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory):
+    """The uninterrupted run."""
+    outputs = tmp_path_factory.mktemp("whole")
+    return train_toy(outputs, "--steps", str(STEPS)), outputs / "toy"
+
+
+def resume(outputs: Path, kills: list[int], *arguments: str):
+    """Train with a kill before each of these updates, then to the end."""
+    load: list[str] = []
+    for kill in kills:
+        train_toy(outputs, "--steps", str(STEPS), "--ckpt-every", "1", *arguments, *load, kill_before=kill)
+        load = ["--load", "latest"]
+    return train_toy(outputs, "--steps", str(STEPS), "--ckpt-every", "1", *arguments, *load)
+
+
+@pytest.mark.parametrize(
+    "kills", [[2], [5, 9], [3, 4, 5], [14, 15, 16, 17], [STEPS]], ids=lambda kills: "-".join(map(str, kills))
+)
+def test_killed_and_resumed_equals_uninterrupted(whole, kills: list[int], tmp_path: Path) -> None:
+    """Weights, moments, EMA, position and the metrics of all steps, with several resumes in an epoch and at its end."""
+    run, folder = whole
+    assert_same(resume(tmp_path, kills), run)
+    assert metrics_of(tmp_path / "toy") == metrics_of(folder)
+
+
+def test_saving_in_the_background_changes_nothing(whole, tmp_path: Path) -> None:
+    """async_io: the same run, and checkpoints that hold the step they are named after."""
+    run, _ = whole
+    assert_same(resume(tmp_path, [4, 8], "--async-io"), run)
+
+
+def test_a_kill_between_checkpoints_repeats_the_steps_between(whole, tmp_path: Path) -> None:
+    """With a checkpoint every 4 steps, a kill at 7 goes back to 4 and comes out the same."""
+    run, folder = whole
+    train_toy(tmp_path, "--steps", str(STEPS), "--ckpt-every", "4", kill_before=7)
+    again = train_toy(tmp_path, "--steps", str(STEPS), "--ckpt-every", "4", "--load", "latest")
+    assert_same(again, run)
+    assert metrics_of(tmp_path / "toy") == metrics_of(folder)
+
+
+def test_the_run_spans_epochs(whole) -> None:
+    """What the tests above cover includes the end of an epoch."""
+    run, folder = whole
+    assert run.state.epoch >= 1 and {row[0] for row in metrics_of(folder, "epoch")} == {0, 1}
+
+
+def test_loading_for_other_data_keeps_optimizer_and_step(tmp_path: Path) -> None:
+    """--start-step 0 --start-epoch 0 restarts the data only; without a checkpoint it is an error."""
+    first = train_toy(tmp_path, "--steps", "3")
+    other = build_toy(
+        tmp_path, "--load", "latest", "--start-step", "0", "--start-epoch", "0", "--dataset.num_clips", "50"
+    )
+    assert (other.state.step, other.state.epoch, other.state.micro_batch) == (3, 0, 0)
+    other.state.micro_batch = first.state.micro_batch
+    assert_same(other, first)
+    other.lock.close()
+    with pytest.raises(ValueError, match="give --load as well"):
+        build_toy(tmp_path / "new", "--start-step", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset.num_clips", "41"], "table: 40 rows .* -> 41 rows"),
+        (["--bucket_config.8px_ar1:1.5", "(1.0,1)"], "bucket_config.8px_ar1:1.5: .*batch size 2 -> .*batch size 1"),
+        (["--seed", "1"], "seed: 42 -> 1"),
+        (["--model.depth", "2"], "another model: .* missing"),
+        (["--optim.type", "SGD", "--optim.momentum", "0.9"], "no optimizer state"),
+    ],
+)
+def test_resuming_something_else_is_an_error(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """What changed since the checkpoint is named, with both values."""
+    train_toy(tmp_path, "--steps", "2")
+    with pytest.raises(ValueError, match=message):
+        build_toy(tmp_path, "--load", "latest", *arguments)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    """A second run in a folder in use, or a new one over old checkpoints, is refused and told what to do."""
+    running = build_toy(tmp_path)
+    with pytest.raises(ValueError, match="another run is training"):
+        build_toy(tmp_path)
+    running.lock.close()
+    train_toy(tmp_path, "--steps", "1")
+    with pytest.raises(ValueError, match="--load latest"):
+        build_toy(tmp_path)
+    with pytest.raises(ValueError, match="exp-name"):
+        build_toy(tmp_path, "--load", "latest", "--exp-name", "none")
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_harm(tmp_path: Path) -> None:
+    """The error names step and samples; weights are those of the step before; nothing was saved after it."""
+    healthy = train_toy(tmp_path / "a", "--steps", "40", "--ckpt-every", "1", "--exp-name", "x")
+    run = build_toy(tmp_path / "b", "--steps", "40", "--ckpt-every", "1", "--dataset.poison", "7")
+    before: dict[str, torch.Tensor] = {}
+
+    def remember(batch: Batch) -> None:
+        before.update({n: t.clone() for n, t in run.booster.master_shards()})
+
+    run.on_batch = remember
+    from opensora_like.training.trainer import train
+
+    with pytest.raises(FloatingPointError, match=r"grad_norm is nan at step \d+; .*7\.mp4"):
+        train(run)
+    assert all(torch.equal(t, before[n]) for n, t in run.booster.master_shards())
+    saved = layout.complete_checkpoints(tmp_path / "b" / "toy")
+    assert layout.step_of(saved[-1]) == run.state.step < healthy.state.step
+
+
+def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
+    """A signal ends the run after the step in hand, with a checkpoint from which the same run goes on."""
+    run = build_toy(tmp_path, "--steps", "9")
+    steps = itertools.count()
+    run.on_batch = lambda batch: signal.raise_signal(signal.SIGTERM) if next(steps) == 3 else None
+    from opensora_like.training.trainer import train
+
+    assert train(run) is False
+    assert run.state.step == 4
+    assert [layout.step_of(f) for f in layout.complete_checkpoints(tmp_path / "toy")] == [4]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    again = train_toy(tmp_path, "--steps", "9", "--load", "latest")
+    assert_same(again, train_toy(tmp_path / "whole", "--steps", "9"))
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    """keep_n_latest counts after each save, and the last step is always saved."""
+    train_toy(tmp_path, "--steps", "7", "--ckpt-every", "2", "--keep-n-latest", "2")
+    assert [layout.step_of(f) for f in layout.complete_checkpoints(tmp_path / "toy")] == [6, 7]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A flipped bit or a cut file: `latest` says so and takes the one before; asked for by name, it is an error."""
+    run, _ = whole
+    train_toy(tmp_path, "--steps", str(STEPS), "--ckpt-every", "2", kill_before=8)
+    newest = layout.complete_checkpoints(tmp_path / "toy")[-1]
+    file = newest / "master.rank00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(OSError, match=r"master\.rank00000\.safetensors' has checksum"):
+        build_toy(tmp_path, "--load", str(newest))
+    file.write_bytes(data[:-1])
+    with pytest.raises(OSError, match="bytes, .* were written"):
+        build_toy(tmp_path, "--load", str(newest))
+    again = train_toy(tmp_path, "--steps", str(STEPS), "--ckpt-every", "2", "--load", "latest")
+    assert_same(again, run)
+    assert "passes over epoch0-global_step6" in (tmp_path / "toy/log.txt").read_text()
+
+
+def test_accumulation_and_epochs(tmp_path: Path) -> None:
+    """`epochs` ends after that many passes; two micro-batches a step see the same samples in half the steps."""
+    one = train_toy(tmp_path / "1", "--epochs", "1")
+    two = train_toy(tmp_path / "2", "--epochs", "1", "--accumulation-steps", "2")
+    assert one.state.epoch == two.state.epoch == 1
+    assert two.state.step == one.state.step // 2
+    state = json.loads(next((tmp_path / "2").rglob("state.json")).read_text())
+    assert state["samples"] == two.state.samples
+
+
+def test_learning_rate_is_a_function_of_the_step(tmp_path: Path) -> None:
+    """Linear warm-up to 1, then constant or a cosine to 0; it reaches the optimizer, also after a resume with another."""
+    factors = [lr_factor(s, warmup_steps=4, schedule="cosine", total_steps=20) for s in range(21)]
+    assert factors[:4] == [0.2, 0.4, 0.6, 0.8] and factors[4] == 1.0 and factors[20] == pytest.approx(0, abs=1e-12)
+    assert all(a > b for a, b in itertools.pairwise(factors[4:]))
+    assert lr_factor(10**6, warmup_steps=4, schedule="constant", total_steps=0) == 1.0
+    train_toy(tmp_path, "--steps", "5", "--lr", "0.5")
+    assert metrics_of(tmp_path / "toy", "lr")[-1] == (0.5,)
+    train_toy(tmp_path, "--steps", "6", "--lr", "0.25", "--load", "latest")
+    assert metrics_of(tmp_path / "toy", "lr")[-1] == (0.25,)
+
+
+def test_killed_is_not_swallowed(tmp_path: Path) -> None:
+    """The harness's kill really ends the run."""
+    run = build_toy(tmp_path)
+
+    def kill(batch: Batch) -> None:
+        raise Killed
+
+    run.on_batch = kill
+    from opensora_like.training.trainer import train
+
+    with pytest.raises(Killed):
+        train(run)
