@@ -18,7 +18,8 @@ def resolve_mini_batch(mini_batch_size: int | None, *, use_slicing: bool) -> int
         raise ValueError(f"autoencoder.mini_batch_size={mini_batch_size} must be at least 1, or None for all")
     if use_slicing and mini_batch_size not in (None, 1):
         raise ValueError(
-            f"autoencoder.mini_batch_size={mini_batch_size} contradicts use_slicing=True, which means 1; give one of them"
+            f"autoencoder.mini_batch_size={mini_batch_size} contradicts use_slicing=True, which means 1; "
+            "give one of them"
         )
     return 1 if use_slicing else mini_batch_size
 

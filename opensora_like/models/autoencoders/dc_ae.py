@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -26,7 +27,7 @@ class DCAE(nn.Module):
         model_name: an architecture in `dc_ae_networks.CONFIGS`; the arguments that default to None replace its entries.
         from_pretrained: a safetensors file that holds exactly these weights; None leaves them random.
         scaling_factor: latents for the denoiser are ``z / scaling_factor``, in training and in sampling. Published
-            training used 0.493, published sampling none at all (W27-like: it decodes latents of another scale).
+            training used 0.493, published sampling none at all, and so decoded latents of another scale.
         use_spatial_tiling, spatial_tile_size: tile clips with a side longer than this, in pixels.
         use_temporal_tiling, temporal_tile_size: tile clips longer than this, in frames.
         tile_overlap_factor: part of a tile that it shares with the next.
@@ -107,8 +108,7 @@ class DCAE(nn.Module):
             ValueError: more than one frame, but no multiple of the temporal stride; or a side that is no multiple of
                 the spatial stride.
         """
-        if num_frames != 1:
-            check_multiple(num_frames, self.temporal_stride, where="dc_ae: num_frames (1, or a multiple)")
+        check_multiple(num_frames, self.temporal_stride, or_one=True, where="dc_ae: num_frames")
         check_multiple(height, self.spatial_stride, where="dc_ae: height")
         check_multiple(width, self.spatial_stride, where="dc_ae: width")
         frames = max(1, num_frames // self.temporal_stride)
@@ -138,7 +138,7 @@ class DCAE(nn.Module):
         run = self._per_frame(self.decoder)
         return run_by_samples(lambda part: self.tiling.decode(run, part), z, self.mini_batch_size)
 
-    def _per_frame(self, network: nn.Module):
+    def _per_frame(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
         """`network`, or for the image variant `network` over all frames as a batch of images."""
         if self.config.is_video:
             return network

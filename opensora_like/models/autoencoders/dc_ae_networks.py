@@ -50,7 +50,9 @@ class DCAEConfig:
         levels = len(self.widths)
         for name in ("encoder_depths", "decoder_depths", "blocks", "temporal_levels"):
             if len(getattr(self, name)) != levels:
-                raise ValueError(f"autoencoder.{name}={getattr(self, name)!r} must have {levels} entries, as widths has")
+                raise ValueError(
+                    f"autoencoder.{name}={getattr(self, name)!r} must have {levels} entries, as widths has"
+                )
         for kind, width in zip(self.blocks, self.widths, strict=True):
             if kind not in BLOCKS:
                 raise ValueError(f"autoencoder.blocks: unknown {kind!r}; {nearest(kind, BLOCKS)}")
@@ -65,16 +67,19 @@ class DCAEConfig:
                 "is_video=True has time; use False there"
             )
         if any(self.temporal_levels) and (self.downsample, self.upsample) != ("conv", "interpolate"):
-            raise ValueError("autoencoder.temporal_levels: only downsample='conv' with upsample='interpolate' halve time")
+            raise ValueError(
+                "autoencoder.temporal_levels: only downsample='conv' with upsample='interpolate' halves time"
+            )
         self._check_shortcuts()
 
     def _check_shortcuts(self) -> None:
         """The paths around the convolutions average or repeat whole groups of channels."""
         for level, (wide, narrow) in enumerate(zip(self.widths[1:], self.widths, strict=False)):
-            for volume in {4, 4 * (1 + self.temporal_levels[level])}:  # an image passes the same level without time
+            for volume in (4, 4 * (1 + self.temporal_levels[level])):  # an image passes the same level without time
                 if narrow * volume % wide:
                     raise ValueError(
-                        f"autoencoder.widths: {wide} at level {level + 1} must divide {volume} * {narrow} of level {level}"
+                        f"autoencoder.widths: {wide} at level {level + 1} must divide {volume} * {narrow} "
+                        f"of level {level}"
                     )
         if self.widths[-1] % self.latent_channels:
             raise ValueError(

@@ -114,8 +114,8 @@ class HunyuanVAE(nn.Module):
 
         Args:
             video_BCTHW: [B, 3, T, H, W] in [-1, 1], any floating dtype.
-            generator: samples the posterior, one draw for the whole batch, whatever `mini_batch_size` is; without it the
-                mean is taken.
+            generator: samples the posterior, one draw for the whole batch, whatever `mini_batch_size` is; without it
+                the mean is taken.
 
         Returns: float32 [B, C, (T-1)/4+1, H/8, W/8].
 
@@ -125,7 +125,7 @@ class HunyuanVAE(nn.Module):
         return self.latents_of(self.moments(video_BCTHW), generator)
 
     def moments(self, video_BCTHW: Tensor) -> Tensor:
-        """Mean and log variance of the posterior, along the channels: [B, 2C, T', H', W'] in the dtype of the weights."""
+        """Mean and log variance of the posterior: [B, 2C, T', H', W'] in the dtype of the weights."""
         self.latent_shape(*video_BCTHW.shape[2:])
         video = video_BCTHW.to(self.quant_conv.weight.dtype)
         return run_by_samples(lambda part: self.tiling.encode(self._encode_tile, part), video, self.mini_batch_size)

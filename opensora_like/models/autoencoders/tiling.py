@@ -62,8 +62,8 @@ class Tiling:
                 )
             if int(size // stride * (1 - self.overlap)) < 1:
                 raise ValueError(
-                    f"autoencoder: {name} {size} is {size // stride} latent cells, with overlap {self.overlap} the tiles "
-                    "would not advance; use a larger tile or a smaller overlap"
+                    f"autoencoder: {name} {size} is {size // stride} latent cells, with overlap {self.overlap} the "
+                    "tiles would not advance; use a larger tile or a smaller overlap"
                 )
 
     def encode(self, run: Run, video_BCTHW: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ class Tiling:
 def tile_space(run: Run, x_BCTHW: Tensor, span: Span) -> Tensor:
     """`run` over tiles of H and W.
 
-    A tile is blended with the one above, then with the one on its left, each as blended before: the order matters in the
-    corners and is that of the published codes. Only the edges of finished tiles are kept.
+    A tile is blended with the one above, then with the one on its left, each as blended before: the order matters in
+    the corners and is that of the published codes. Only the edges of finished tiles are kept.
 
     Returns: the output of `run` for the whole, as one tensor.
     """
@@ -135,7 +135,7 @@ def tile_time(run: Run, x_BCTHW: Tensor, span: Span, *, is_causal: bool, negligi
 
     Args:
         is_causal: see `Tiling`.
-        negligible: a last tile of at most this many input frames is left out; the one before covers it.
+        negligible: a last tile of at most this many input frames is left out; the one before runs to the end.
     """
     frames, extra = x_BCTHW.shape[2], int(is_causal)
     starts = list(range(0, frames, span.stride))
@@ -145,7 +145,8 @@ def tile_time(run: Run, x_BCTHW: Tensor, span: Span, *, is_causal: bool, negligi
     before: Tensor | None = None
     position = 0
     for index, start in enumerate(starts):
-        tile = run(x_BCTHW[:, :, start : start + span.tile + extra])
+        last = index == len(starts) - 1
+        tile = run(x_BCTHW[:, :, start : frames if last else start + span.tile + extra])
         if out is None:
             out = tile.new_empty([*tile.shape[:2], span.output_size(frames - extra) + extra, *tile.shape[3:]])
         elif is_causal:
@@ -153,7 +154,6 @@ def tile_time(run: Run, x_BCTHW: Tensor, span: Span, *, is_causal: bool, negligi
         if before is not None:
             blend(before, tile, span.blend, dim=2)
         before = _edge(tile, span.blend, dim=2)
-        last = index == len(starts) - 1
         kept = tile if last else tile[:, :, : span.keep + (extra if index == 0 else 0)]
         out[:, :, position : position + kept.shape[2]] = kept
         position += kept.shape[2]
