@@ -7,11 +7,11 @@ Hardware: two CPU cores; float32, because there it is faster than bfloat16. On a
 _base_ = ["../../_base_/run.py", "../../_base_/shapes_model.py"]
 
 dataset = dict(type="video_text", data_path="outputs/demo/clips/meta.csv", fps_in_caption=False)
-bucket_config = {"16px_ar1:1": {5: (1.0, 32)}}
+bucket_config = {"16px_ar1:1": {5: (1.0, 8)}}
 booster = dict(type="colossalai", plugin="zero2")
 dtype = "fp32"
-optim = dict(type="AdamW", lr=1e-3, weight_decay=0.0)
-steps = 4000
+optim = dict(type="AdamW", lr=2e-3, weight_decay=0.0)
+steps = 2000
 warmup_steps = 100
 lr_schedule = "cosine"
 grad_clip = 1.0
