@@ -16,4 +16,5 @@ text_osci = False
 fps_in_caption = False
 fps_save = 8
 batch_size = 48
+num_sample = 4
 dtype = "fp32"
