@@ -27,6 +27,9 @@ class ParallelPlan:
         head_counts: attributes to divide by ``tp_size``, ``path.attribute``.
         per_head: parameters kept whole but used by each rank for its own heads only: under tensor parallelism
             their gradients are to be summed over the ranks.
+        split_norms: RMS norms over a width that `column` cuts. Under tensor parallelism their ``weight`` is cut with
+            it, and their ``mean_over_ranks`` is to be set: the mean over the ranks, in the forward pass of the mean
+            square, in the backward pass of its gradient.
     """
 
     blocks: tuple[str, ...]
@@ -35,6 +38,7 @@ class ParallelPlan:
     row: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     head_counts: tuple[str, ...] = ()
     per_head: tuple[str, ...] = ()
+    split_norms: tuple[str, ...] = ()
 
 
 @runtime_checkable

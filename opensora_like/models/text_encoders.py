@@ -1,10 +1,12 @@
-"""Frozen text encoders, T5 and CLIP, with a bounded cache of what they encoded.
+"""Frozen text encoders, T5, umT5 and CLIP, with a bounded cache of what they encoded.
 
 Letters of the shape suffixes: B batch, L tokens, D width.
 """
 
 from __future__ import annotations
 
+import html
+import importlib.util
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,7 @@ PAD, EOS, FIRST_BYTE, BOS = 0, 1, 3, 259
 NUM_BYTE_IDS = 260
 ARCHITECTURES = {
     "t5": {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"},
+    "umt5": {"umt5": "UMT5EncoderModel"},
     "clip": {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"},
 }
 TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "seed": 0}
@@ -133,6 +136,107 @@ class T5TextEncoder(nn.Module):
         ids_BL = nn.functional.pad(ids_BL, (0, length - self.max_length), value=self._pad_id).to(self.device)
         mask = None if self._attend_padding else (ids_BL != self._pad_id).long()
         return self.model(input_ids=ids_BL, attention_mask=mask).last_hidden_state
+
+
+@MODELS.register_module("umt5")
+class UMT5TextEncoder(nn.Module):
+    """Token embeddings of a umT5 encoder as Wan takes them: padding is not attended to, and its embeddings are zero.
+
+    Args:
+        from_pretrained: folder, or name on the hub, of weights and tokenizer; of a pipeline's folder its
+            ``text_encoder`` and ``tokenizer`` are taken.
+        tiny, cache_dir, cache_size, cache_device, chunk_size: as `T5TextEncoder`.
+        max_length: tokens of a caption; longer ones are cut. Wan has seen 512, and attends to every row.
+        dtype: of weights and embeddings; float16 is not offered, since umT5 overflows in it.
+        clean: bring captions to the form that `clean_caption` describes.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: as `T5TextEncoder`; ValueError also for weights whose table of token
+            embeddings is missing.
+
+    Source: Wan, arXiv:2503.20314, section 4.2.2; diffusers:pipelines/wan.
+    """
+
+    def __init__(
+        self,
+        from_pretrained: str | None = None,
+        *,
+        tiny: dict[str, int] | None = None,
+        max_length: int = 512,
+        dtype: Literal["bf16", "fp32"] = "bf16",
+        clean: bool = True,
+        cache_dir: str | None = None,
+        cache_size: int = 256,
+        cache_device: Literal["cpu", "same"] = "cpu",
+        chunk_size: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_source("umt5", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
+        if dtype not in ("bf16", "fp32"):
+            raise ValueError(f"umt5 encoder: dtype={dtype!r} overflows or is unknown; use 'bf16' or 'fp32'")
+        self.max_length, self._clean, self._chunk_size = max_length, clean, chunk_size
+        if tiny is not None:
+            self.model = _tiny_umt5(_tiny_sizes(tiny, "umt5")).to(DTYPES[dtype])
+            self._tokenize: Tokenize = _byte_tokenizer(bos=False)
+        else:
+            source, tokenizer = _pipeline_parts(from_pretrained)
+            self.model = _load_model("umt5", source, dtype=dtype, cache_dir=cache_dir)
+            self._tokenize = _load_tokenizer(tokenizer, cache_dir=cache_dir)
+        _tie_embeddings(self.model, where=f"umt5 encoder: from_pretrained={from_pretrained!r}")
+        self.model.requires_grad_(False).eval()
+        self.output_dim = int(self.model.config.d_model)
+        self._pad_id = int(self.model.config.pad_token_id or 0)
+        self._cache = EmbeddingCache(cache_size, keep_on_cpu=cache_device == "cpu")
+
+    def train(self, mode: bool = True) -> UMT5TextEncoder:
+        """Stays in evaluation mode: the encoder is frozen."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; moved with ``.to``."""
+        return next(self.model.parameters()).device
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of captions.
+
+        Returns: [B, max_length, D], exactly zero beyond each caption's end; on the encoder's device.
+
+        Raises:
+            FloatingPointError: an embedding that is not finite, or zero throughout.
+        """
+        if self._clean and not isinstance(texts, str):
+            texts = [clean_caption(text) for text in texts]
+        return self._cache.look_up(texts, self.max_length, self._run, chunk_size=self._chunk_size, device=self.device)
+
+    def null(self) -> Tensor:
+        """What a dropped caption becomes: the embedding of the empty one. Returns: [1, L, D]."""
+        return self.encode([""])
+
+    @torch.no_grad()
+    def _run(self, texts: Sequence[str]) -> Tensor:
+        ids_BL = self._tokenize(texts, self.max_length).to(self.device)
+        mask_BL = ids_BL != self._pad_id
+        out_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
+        out_BLD = out_BLD.masked_fill(~mask_BL[..., None], 0.0)
+        largest_B = out_BLD.float().abs().amax(dim=(1, 2))  # nan where there is one
+        for text, largest in zip(texts, largest_B.tolist(), strict=True):
+            if not math.isfinite(largest) or largest == 0:
+                raise FloatingPointError(
+                    f"umt5 encoder: the embedding of {text[:60]!r} has a largest value of {largest} in"
+                    f" {out_BLD.dtype}; the weights are broken, or use dtype='fp32'"
+                )
+        return out_BLD
+
+
+def clean_caption(text: str) -> str:
+    """A caption as Wan's were: mojibake mended (where ftfy is installed), HTML entities resolved, spaces single."""
+    if importlib.util.find_spec("ftfy") is not None:
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    # twice, since captions from the web are often escaped twice
+    return " ".join(html.unescape(html.unescape(text)).split())
 
 
 @MODELS.register_module("clip")
@@ -288,6 +392,21 @@ def _load_model(kind: str, source: str, *, dtype: Precision, cache_dir: str | No
     return cls.from_pretrained(source, dtype=DTYPES[dtype], cache_dir=cache_dir)
 
 
+def _pipeline_parts(source: str) -> tuple[str, str]:
+    """Where the model and the tokenizer are: side by side, or in the folders of a pipeline."""
+    parts = Path(source) / "text_encoder", Path(source) / "tokenizer"
+    return (str(parts[0]), str(parts[1])) if all(part.is_dir() for part in parts) else (source, source)
+
+
+def _tie_embeddings(model: nn.Module, *, where: str) -> None:
+    """Let the encoder read the table that was loaded; transformers 5 can leave its own name for it zero."""
+    shared, own = model.shared.weight, model.encoder.embed_tokens.weight
+    if own is not shared and not torch.equal(own, shared):
+        model.encoder.embed_tokens.weight = model.shared.weight = shared if shared.any() else own
+    if not model.shared.weight.any():
+        raise ValueError(f"{where}: the table of token embeddings (shared.weight) is zero; the weights are not whole")
+
+
 def _load_tokenizer(source: str, *, cache_dir: str | None) -> Tokenize:
     from transformers import AutoTokenizer
 
@@ -344,6 +463,25 @@ def _tiny_t5(sizes: Mapping[str, int]) -> nn.Module:
         eos_token_id=EOS,
     )
     return _filled(lambda: T5EncoderModel(config), sizes["seed"])
+
+
+def _tiny_umt5(sizes: Mapping[str, int]) -> nn.Module:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    width, heads = sizes["hidden_size"], sizes["num_heads"]
+    config = UMT5Config(
+        vocab_size=NUM_BYTE_IDS,
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=2 * width,
+        num_layers=sizes["num_layers"],
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+    )
+    return _filled(lambda: UMT5EncoderModel(config), sizes["seed"])
 
 
 def _tiny_clip(sizes: Mapping[str, int], max_length: int) -> nn.Module:
