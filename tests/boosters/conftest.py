@@ -1,0 +1,6 @@
+"""Lets these tests import the script that they start as processes."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
