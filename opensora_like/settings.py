@@ -65,7 +65,7 @@ class RunConfig:
     grad_clip: float = setting(1.0, doc="largest global L2 norm of the gradients; 0 does not clip")
     warmup_steps: int = setting(0, doc="updates over which lr rises linearly from 0")
     lr_schedule: Literal["constant", "cosine"] = setting("constant", doc="after the warm-up; cosine falls to 0")
-    ema_decay: float | None = setting(None, doc="decay of the float32 moving average of the weights; None keeps none")
+    ema_decay: float | None = setting(None, doc="decay of the float32 moving average of the weights, reached by warm-up; None keeps none")
 
     num_workers: int = setting(4, doc="loader processes per rank; 0 reads in the training process")
     prefetch_factor: int = setting(2, doc="micro-batches each worker reads ahead")

@@ -106,7 +106,7 @@ def train(run: Run) -> bool:
 
             _advance(run, first=seen[0][0])
             if run.ema is not None:
-                run.ema.update()
+                run.ema.update(state.step)
             meter.after_step(seen, grad_norm)
             run.checkpoints.check()
             stopping = stop.agreed()
