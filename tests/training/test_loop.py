@@ -179,7 +179,7 @@ def test_accumulation_and_epochs(tmp_path: Path) -> None:
 
 
 def test_learning_rate_is_a_function_of_the_step(tmp_path: Path) -> None:
-    """Linear warm-up to 1, then constant or a cosine to 0; it reaches the optimizer, also after a resume with another."""
+    """Linear warm-up to 1, then constant or a cosine to 0; it reaches the optimizer, also another after a resume."""
     factors = [lr_factor(s, warmup_steps=4, schedule="cosine", total_steps=20) for s in range(21)]
     assert factors[:4] == [0.2, 0.4, 0.6, 0.8] and factors[4] == 1.0 and factors[20] == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in itertools.pairwise(factors[4:]))

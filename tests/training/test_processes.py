@@ -59,7 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_kill_nine_and_resume(whole: Path, tmp_path: Path) -> None:
-    """SIGKILL of all ranks while checkpoints are written in the background; the resumed run ends bit for bit the same."""
+    """SIGKILL of all ranks while checkpoints are written in the background; resumed, it ends bit for bit the same."""
     process = torchrun(2, *arguments(tmp_path, "--async-io"), wait=False)
     wait_for_step(tmp_path / "toy", 7, process)
     os.system(f"pkill -KILL -P {process.pid}")

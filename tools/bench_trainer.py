@@ -1,0 +1,79 @@
+"""What a step costs beside the model: the loop against bare forward, backward and update, in one run.
+
+python tools/bench_trainer.py CONFIG [--num_steps N] [--key value ...]     (overrides as in train.py)
+Bare and whole steps alternate in blocks, so that both see the same machine; one process.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+from opensora_like import runtime as rt
+from opensora_like.cli import run_guarded
+from opensora_like.config import read_config
+from opensora_like.training.build import build_run
+from opensora_like.training.trainer import Run, train
+
+NUM_BLOCKS = 4
+
+
+def bare_seconds(run: Run, num_steps: int) -> float:
+    """Forward, backward and update on inputs that are already there."""
+    batch = next(run.batches)
+    inputs = run.step_fn.encode(batch)
+    x0 = inputs.x0_BCTHW
+    t_B = x0.new_full((len(batch),), 0.5)
+    began = time.perf_counter()
+    for _ in range(num_steps):
+        with run.booster.micro_batch(last=True):
+            prediction = run.step_fn.model(x0, t_B, inputs.conditions)
+            run.booster.backward((prediction.float() - x0).square().mean())
+        run.booster.step()
+    return time.perf_counter() - began
+
+
+def whole_seconds(run: Run, num_steps: int) -> float:
+    """The same number of steps of the training loop, from the file to the metrics."""
+    run.schedule.total_steps = run.state.step + num_steps
+    began = time.perf_counter()
+    train(run)
+    return time.perf_counter() - began
+
+
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        raise ValueError(__doc__)
+    num_steps = 100
+    if "--num_steps" in arguments:
+        at = arguments.index("--num_steps")
+        num_steps = int(arguments[at + 1])
+        del arguments[at : at + 2]
+    folder = tempfile.mkdtemp()
+    own = ["--outputs", folder, "--exp_name", "bench", "--tensorboard", "False", "--ckpt_every", "0"]
+    config = read_config(arguments[0], [*arguments[1:], *own]).config
+    run = build_run(config, rt.start(), config_name=arguments[0])
+    run.checkpoints.save = lambda state: None  # the save at the end of a block is not a step
+    run.writers, run.lock = [], None  # a block closes them
+
+    def work() -> int:
+        block = max(1, num_steps // NUM_BLOCKS)
+        bare_seconds(run, 3), whole_seconds(run, 3)  # warm up
+        bare, whole = 0.0, 0.0
+        for _ in range(NUM_BLOCKS):
+            bare += bare_seconds(run, block)
+            whole += whole_seconds(run, block)
+        steps = block * NUM_BLOCKS
+        per_step = 1000 / steps
+        print(f"bare model {bare * per_step:.2f} ms, whole step {whole * per_step:.2f} ms over {steps} steps")
+        print(f"beside the model: {(whole - bare) * per_step:.2f} ms, {whole / bare - 1:.1%} of the model's time")
+        rt.finish()
+        return 0
+
+    return work
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(prepare))
