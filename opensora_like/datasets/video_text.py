@@ -125,16 +125,17 @@ class VideoText:
                 f"{self.table.other.column_names}; add it or set dataset.vmaf=False"
             )
         self.buckets = compile_buckets(bucket_config, multiple=multiple)
-        self._plan: EpochPlan | None = None
+        self._plans: dict[int, EpochPlan] = {}
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def plan(self, epoch: int) -> EpochPlan:
-        """The order of an epoch; the one asked for last is kept."""
-        if self._plan is None or self._plan.epoch != epoch:
-            self._plan = build_plan(self.table, self.buckets, fps_max=self.fps_max, seed=self.seed, epoch=epoch)
-        return self._plan
+        """The order of an epoch; the last two asked for are kept, since the loader reads ahead into the next."""
+        if epoch not in self._plans:
+            plan = build_plan(self.table, self.buckets, fps_max=self.fps_max, seed=self.seed, epoch=epoch)
+            self._plans = dict([*self._plans.items()][-1:]) | {epoch: plan}
+        return self._plans[epoch]
 
     def read(self, row: int, shape: BucketShape, epoch: int) -> Sample:
         """One sample, a function of (seed, epoch, row) and the file alone.

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from opensora_like.checkpoint.layout import find_checkpoint
+from opensora_like.checkpoint.manager import read_state
 from opensora_like.datasets.video_io import probe, read_frames, resize_crop
 from opensora_like.evaluation.report import Clip, ContactSheet, Note, ScoreRow, ScoreTable, write_report
 from opensora_like.evaluation.shapes import accuracy, score_clip
@@ -82,7 +84,7 @@ def score_and_report(folder: Path, *, train_seconds: float, world_size: int) -> 
     shares = {part: accuracy([s.read for s in clips], [s.truth for s in clips]) for part, clips in scored.items()}
     size = scored["seen"][0].video_CTHW.shape[-1]
     real = read_real(folder / "clips" / "meta.csv", size=size, num=12)
-    state = json.loads(max(train.glob("epoch*/state.json"), key=lambda p: p.stat().st_mtime).read_text())
+    state = read_state(find_checkpoint(str(train), train))
     booster = state["booster"]
     metrics = {
         **{f"{aspect}_accuracy": shares["seen"][f"{aspect}_accuracy"] for aspect in TARGETS},

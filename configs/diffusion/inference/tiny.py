@@ -7,7 +7,7 @@ _base_ = ["../../_base_/tiny_model.py"]
 
 resolution = "128px"
 aspect_ratio = "16:9"
-num_frames = 17
+num_frames = 9
 num_steps = 30
 guidance = 3.0
 text_osci = False

@@ -1,13 +1,13 @@
 """Text-to-video on your own videos with a small model from random weights; a start for configs of your own.
 
 torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/tiny.py --dataset.data-path table.csv
-Hardware: two CPU cores (float32) or any GPU (--dtype bf16); below 2 GiB of memory per process.
+Hardware: two CPU cores (float32) or any GPU (--dtype bf16); about 2 GiB of memory per process.
 """
 
 _base_ = ["../../_base_/run.py", "../../_base_/tiny_model.py"]
 
 dataset = dict(type="video_text", data_path="table.csv")
-bucket_config = {"128px": {17: (1.0, 2), 1: (1.0, 4)}}
+bucket_config = {"128px": {9: (1.0, 2), 1: (1.0, 4)}}
 booster = dict(type="colossalai", plugin="zero2")
 dtype = "fp32"
 optim = dict(type="AdamW", lr=5e-4, weight_decay=0.01)
