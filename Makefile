@@ -21,10 +21,10 @@ lint: $(INSTALLED)
 
 # ColossalAI pins old versions of torch, transformers, diffusers and peft that it does not need:
 # it and what it does need are listed whole in requirements/colossalai.txt and installed without dependencies.
-$(INSTALLED): setup.py requirements/base.txt requirements/colossalai.txt requirements/test.txt
+$(INSTALLED): setup.py requirements/base.txt requirements/colossalai.txt requirements/deepspeed.txt requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements/base.txt -r requirements/test.txt
+	$(BIN)/python -m pip install --quiet -r requirements/base.txt -r requirements/test.txt -r requirements/deepspeed.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/colossalai.txt
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@

@@ -59,13 +59,25 @@ class RunConfig:
 
     dtype: Literal["bf16", "fp32"] = setting("bf16", doc="dtype of the working weights; masters are float32")
     seed: int = setting(42, doc="of every random draw of the run")
+    balance: dict[str, int] | None = setting(
+        None,
+        doc="let the ranks of a step cost the same: `window` (4096) micro-batches are sorted by cost and cut into "
+        "runs of `group` (64), in random order; the micro-batches of a step should divide `group`. None: random order",
+    )
+    cost: dict[str, float] | None = setting(
+        None,
+        doc="of a micro-batch, for `balance`: per_token, per_token_pair, per_sample, per_pixel, per_micro_batch, as "
+        "tools/plan.py --calibrate prints it; None counts the operations of model, autoencoder and encoders",
+    )
     steps: int | None = setting(None, doc="optimizer updates in all; None trains `epochs`")
     epochs: int = setting(1000, doc="passes over the table, where `steps` is None")
     accumulation_steps: int = setting(1, doc="micro-batches per rank and update")
     grad_clip: float = setting(1.0, doc="largest global L2 norm of the gradients; 0 does not clip")
     warmup_steps: int = setting(0, doc="updates over which lr rises linearly from 0")
     lr_schedule: Literal["constant", "cosine"] = setting("constant", doc="after the warm-up; cosine falls to 0")
-    ema_decay: float | None = setting(None, doc="decay of the float32 moving average of the weights, reached by warm-up; None keeps none")
+    ema_decay: float | None = setting(
+        None, doc="decay of the float32 moving average of the weights, reached by warm-up; None keeps none"
+    )
 
     num_workers: int = setting(4, doc="loader processes per rank; 0 reads in the training process")
     prefetch_factor: int = setting(2, doc="micro-batches each worker reads ahead")
@@ -145,7 +157,7 @@ SECTIONS: dict[str, tuple[Registry, tuple[str, ...]]] = {
     "encoders.*": (MODELS, ()),
     "scheduler": (SCHEDULERS, ("patch_size",)),
     "dataset": (DATASETS, ("bucket_config", "multiple", "seed")),
-    "booster": (BOOSTERS, ("device", "dtype", "grad_clip")),
+    "booster": (BOOSTERS, ("device", "dtype", "grad_clip", "accumulation_steps")),
 }
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opensora_like.boosters.base import Booster
+from opensora_like.boosters.base import Booster, ShardRange, ShardStrips
 from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.files import WrittenFile, file_crc32, write_text
 from opensora_like.checkpoint.pieces import Piece, PieceReader, pieces_of, write_pieces
@@ -293,11 +293,11 @@ class CheckpointManager:
             )
 
 
-def _read_into(shard: Tensor, reader: PieceReader, kind: str, name: str, place: tuple) -> None:
+def _read_into(shard: Tensor, reader: PieceReader, kind: str, name: str, place: ShardRange | ShardStrips) -> None:
     if shard.ndim == 0:
         shard.copy_(reader.read(kind, name)[0])
     elif shard.numel():
-        shard.copy_(reader.read(kind, name, place[1], place[2]))
+        shard.copy_(reader.read_place(kind, name, place))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -343,7 +343,7 @@ def check_order(facts: Mapping[str, Any], order: Mapping[str, Any], folder: Path
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("opensora_like", "torch", "colossalai", "transformers", "diffusers", "mmengine-lite"):
+    for name in ("opensora_like", "torch", "colossalai", "deepspeed", "transformers", "diffusers", "mmengine-lite"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -353,10 +353,11 @@ def _versions() -> dict[str, str]:
 
 
 def _git_commit() -> str:
-    """Commit of this package's checkout, "" where it is not one."""
-    here = Path(__file__).parent
+    """Commit of this package's checkout, "" where it is not one or there is no git."""
+    if shutil.which("git") is None:
+        return ""
     asked = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"],
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         check=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.pieces import PieceReader
-
-Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+from opensora_like.models.base import Denoiser
 
 
 class LoadReport(NamedTuple):
@@ -121,3 +120,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str,
         for name, weight in fitting.items():
             own[name].copy_(weight)
     return report
+
+
+def load_pretrained(model: Denoiser, source: str, *, where: str, strict: bool, use_ema: bool = True) -> LoadReport:
+    """Read `source` and put it into `model`, under the names that the model gives to published weights.
+
+    Raises: as `read_weights` and `load_weights`.
+    """
+    weights = model.rename_weights(read_weights(source, use_ema=use_ema, where=where))
+    return load_weights(model, weights, where=f"{where}={source!r}", strict=strict)

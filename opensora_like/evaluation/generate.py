@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opensora_like import rng
-from opensora_like.checkpoint.weights import load_weights, read_weights
+from opensora_like.checkpoint.weights import load_pretrained
 from opensora_like.conditioning.masks import given_frames, inference_condition
 from opensora_like.datasets.aspect import shape_table
 from opensora_like.datasets.video_io import (
@@ -102,9 +102,7 @@ class VideoGenerator:
         source = cfg.ckpt_path or self.model.from_pretrained
         if not source:
             raise ValueError("no weights: give --ckpt-path with a checkpoint folder or a safetensors file")
-        report = load_weights(
-            self.model, read_weights(source, use_ema=cfg.use_ema), where=f"ckpt_path={source!r}", strict=True
-        )
+        report = load_pretrained(self.model, source, where="ckpt_path", strict=True, use_ema=cfg.use_ema)
         logger.info("ckpt_path %s: %s", source, report)
         self.model.requires_grad_(False).eval().to(device, self.dtype)
         self.autoencoder: Autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder")

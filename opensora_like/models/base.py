@@ -65,6 +65,10 @@ class Denoiser(Protocol):
         Returns: [B, C, T, H, W] in the dtype of the weights.
         """
 
+    @staticmethod
+    def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A published state dict under this model's names; one that has them already comes back as it is."""
+
     def parallel_plan(self) -> ParallelPlan: ...
 
     def set_grad_checkpoint(self, settings: Sequence[int] | bool) -> None:

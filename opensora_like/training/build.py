@@ -6,7 +6,7 @@ import fcntl
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -16,19 +16,29 @@ from opensora_like import runtime as rt
 from opensora_like.boosters.base import Booster
 from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState, check_order, read_state
-from opensora_like.checkpoint.weights import load_weights, read_weights
+from opensora_like.checkpoint.weights import load_pretrained
 from opensora_like.conditioning.encode import Encode
 from opensora_like.config import config_text, to_dict
+from opensora_like.datasets.balance import Balance, balance_plan
 from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.batch import Batch
+from opensora_like.datasets.cost import CostModel, Grid
 from opensora_like.datasets.loader import BadSampleLog, make_loader
-from opensora_like.datasets.plan import Position, order_key, rank_stream, steps_in_epoch
+from opensora_like.datasets.plan import (
+    EpochPlan,
+    Position,
+    has_constant_length,
+    order_key,
+    rank_stream,
+    steps_in_epoch,
+)
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
-from opensora_like.registry import BOOSTERS, DATASETS, MODELS, SCHEDULERS, build
+from opensora_like.registry import BOOSTERS, DATASETS, MODELS, SCHEDULERS, build, fit_arguments
 from opensora_like.runtime import Runtime, logger
 from opensora_like.settings import RunConfig
 from opensora_like.training.ema import EMA
 from opensora_like.training.optim import optimizer_factory
+from opensora_like.training.resources import derive_cost
 from opensora_like.training.step import FlowMatchingStep
 from opensora_like.training.trainer import Run, Schedule
 
@@ -50,15 +60,15 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
     dataset = build_dataset(cfg, multiple=autoencoder.spatial_stride * model.patch_size)
     encode = build_encode(cfg, runtime.device, model, autoencoder, encoders)
     scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=model.patch_size)
-    booster = build(
-        cfg.booster, BOOSTERS, where="booster", device=runtime.device, dtype=cfg.dtype, grad_clip=cfg.grad_clip
-    )
+    booster = build_booster(cfg, runtime)
     wrapped = booster.prepare(model, optimizer_factory(cfg.optim, device=runtime.device))
     for group in booster.param_groups:
         group["base_lr"] = cfg.optim["lr"]
     ema = EMA(booster, cfg.ema_decay) if cfg.ema_decay is not None else None
     schedule = make_schedule(cfg, dataset, booster)
-    checkpoints = build_checkpoints(cfg, runtime, folder, dataset, booster, ema)
+    balance = build_balance(cfg, dataset, autoencoder, encoders)
+    plan_of = make_plan_of(cfg, dataset, balance)
+    checkpoints = build_checkpoints(cfg, runtime, folder, dataset, booster, ema, balance)
     state = load_state(cfg, folder, checkpoints, micro_per_step=booster.dp_size * cfg.accumulation_steps)
     log_summary(cfg, runtime, dataset, model, schedule, state)
     return Run(
@@ -73,8 +83,8 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
             dtype=rt.DTYPES[cfg.dtype],
             no_i2v_ref_loss=cfg.no_i2v_ref_loss,
         ),
-        batches=batches_from(cfg, runtime, dataset, booster, state),
-        plan_of=dataset.plan,
+        batches=batches_from(cfg, runtime, dataset, plan_of, booster, state),
+        plan_of=plan_of,
         checkpoints=checkpoints,
         writers=make_writers(cfg, runtime, folder, state.step),
         ema=ema,
@@ -138,9 +148,9 @@ def build_model(cfg: RunConfig) -> Denoiser:
         torch.manual_seed(cfg.seed)
         model = build(cfg.model, MODELS, where="model")
     if model.from_pretrained:
-        weights = read_weights(model.from_pretrained, where="model.from_pretrained")
-        where = f"model.from_pretrained={model.from_pretrained!r}"
-        logger.info("%s: %s", where, load_weights(model, weights, where=where, strict=model.strict_load))
+        where = "model.from_pretrained"
+        report = load_pretrained(model, model.from_pretrained, where=where, strict=model.strict_load)
+        logger.info("%s %s: %s", where, model.from_pretrained, report)
     return model
 
 
@@ -157,6 +167,58 @@ def build_dataset(cfg: RunConfig, *, multiple: int) -> ClipDataset:
     """The dataset of `cfg.dataset`; `multiple` is what heights and widths must be a multiple of."""
     return build(
         cfg.dataset, DATASETS, where="dataset", bucket_config=cfg.bucket_config, multiple=multiple, seed=cfg.seed
+    )
+
+
+def build_balance(
+    cfg: RunConfig, dataset: ClipDataset, autoencoder: Autoencoder, encoders: Mapping[str, TextEncoder]
+) -> Balance | None:
+    """How micro-batches are laid side by side, None for a random order.
+
+    Raises:
+        ValueError: unknown keys, numbers that cannot be, costs without a balance, or a model whose work cannot be
+            counted; then `cost` has to be set.
+    """
+    if cfg.balance is None:
+        if cfg.cost is not None:
+            raise ValueError("cost is used by balance only, and balance is None; set balance or remove cost")
+        return None
+    options = fit_arguments(Balance, {"type": "balance", **cfg.balance}, where="balance", given={"costs": None})
+    if cfg.cost is not None:
+        cost = CostModel(**fit_arguments(CostModel, {"type": "cost", **cfg.cost}, where="cost"))
+    else:
+        cost = derive_cost(cfg.model, cfg.autoencoder, encoders, dataset.buckets)
+        logger.info("cost %s", " ".join(f"{name} {value:.4g}" for name, value in vars(cost).items()))
+    grid = Grid(autoencoder.temporal_stride, dataset.buckets.multiple)
+    return Balance(cost.of_buckets(dataset.buckets, grid), **options)
+
+
+def make_plan_of(cfg: RunConfig, dataset: ClipDataset, balance: Balance | None) -> Callable[[int], EpochPlan]:
+    """Epoch -> its plan; the last one asked for is kept."""
+    if balance is None:
+        return dataset.plan
+    kept: dict[int, EpochPlan] = {}
+
+    def plan_of(epoch: int) -> EpochPlan:
+        if epoch not in kept:
+            plan = balance_plan(dataset.plan(epoch), balance, seed=cfg.seed)
+            kept.clear()
+            kept[epoch] = plan
+        return kept[epoch]
+
+    return plan_of
+
+
+def build_booster(cfg: RunConfig, runtime: Runtime) -> Booster:
+    """The training backend of `cfg.booster`."""
+    return build(
+        cfg.booster,
+        BOOSTERS,
+        where="booster",
+        device=runtime.device,
+        dtype=cfg.dtype,
+        grad_clip=cfg.grad_clip,
+        accumulation_steps=cfg.accumulation_steps,
     )
 
 
@@ -182,7 +244,13 @@ def build_encode(
 
 
 def build_checkpoints(
-    cfg: RunConfig, runtime: Runtime, folder: Path, dataset: ClipDataset, booster: Booster, ema: EMA | None
+    cfg: RunConfig,
+    runtime: Runtime,
+    folder: Path,
+    dataset: ClipDataset,
+    booster: Booster,
+    ema: EMA | None,
+    balance: Balance | None,
 ) -> CheckpointManager:
     """Where the run's checkpoints go, and what is written beside the tensors."""
     return CheckpointManager(
@@ -191,7 +259,13 @@ def build_checkpoints(
         ema=ema.shards if ema else None,
         config_text=config_text(cfg),
         keep_n_latest=cfg.keep_n_latest,
-        order=order_key(dataset.table, dataset.buckets, fps_max=dataset.fps_max, seed=cfg.seed),
+        order=order_key(
+            dataset.table,
+            dataset.buckets,
+            fps_max=dataset.fps_max,
+            seed=cfg.seed,
+            balance=balance.key if balance else None,
+        ),
         about={"world_size": runtime.world_size, "booster": dict(cfg.booster), "dtype": cfg.dtype, "seed": cfg.seed},
         async_io=cfg.async_io,
         on_save_error=cfg.on_save_error,
@@ -207,12 +281,12 @@ def make_schedule(cfg: RunConfig, dataset: ClipDataset, booster: Booster) -> Sch
     if cfg.accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={cfg.accumulation_steps} must be 1 or more")
     total = cfg.steps
-    entries = [entry for table in dataset.buckets.config.values() for entry in table.values()]
-    if total is None and all(keep >= 1 and skip <= 0 for keep, skip, _ in entries):
+    if total is None and has_constant_length(dataset.plan(0)):
         total = cfg.epochs * steps_in_epoch(len(dataset.plan(0)), booster.dp_size * cfg.accumulation_steps)
     if total is None and cfg.lr_schedule == "cosine":
         raise ValueError(
-            "lr_schedule='cosine' needs the number of steps, which keep probabilities below 1 leave open; set --steps"
+            "lr_schedule='cosine' needs the number of steps, which keep probabilities below 1 and buckets with fewer "
+            "clips than a batch leave open; set --steps"
         )
     return Schedule(
         total_steps=total,
@@ -246,11 +320,16 @@ def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, 
 
 
 def batches_from(
-    cfg: RunConfig, runtime: Runtime, dataset: ClipDataset, booster: Booster, state: TrainState
+    cfg: RunConfig,
+    runtime: Runtime,
+    dataset: ClipDataset,
+    plan_of: Callable[[int], EpochPlan],
+    booster: Booster,
+    state: TrainState,
 ) -> Iterator[Batch]:
     """This rank's batches from the state's position on, without end."""
     micro_batches = rank_stream(
-        dataset.plan,
+        plan_of,
         Position(state.epoch, state.micro_batch),
         dp_rank=booster.dp_rank,
         dp_size=booster.dp_size,

@@ -11,11 +11,11 @@ bucket_config = {"16px_ar1:1": {5: (1.0, 8)}}
 booster = dict(type="colossalai", plugin="zero2")
 dtype = "fp32"
 optim = dict(type="AdamW", lr=2e-3, weight_decay=0.0)
-steps = 2000
+steps = 4000
 warmup_steps = 100
 lr_schedule = "cosine"
 grad_clip = 1.0
-ema_decay = 0.999
+ema_decay = 0.99
 dropout_ratio = dict(text=0.1, pooled=0.1)
 num_workers = 1
 exp_name = "demo"

@@ -205,6 +205,11 @@ class MMDiT(nn.Module):
             )
         self._num_recomputed = counts
 
+    @staticmethod
+    def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As they are: the published names are this model's own."""
+        return weights
+
     def parallel_plan(self) -> ParallelPlan:
         """How to cut the model; valid for the layout of qkv that was built."""
         h, m = self.hidden_size, self.mlp_hidden_size
