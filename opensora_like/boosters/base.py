@@ -22,6 +22,36 @@ class ShardRange(NamedTuple):
     start: int  # first element owned
     stop: int  # one past the last; stop == start where the rank owns nothing of it
 
+    @property
+    def strips(self) -> tuple[Strip, ...]:
+        """The same in the general form."""
+        length = self.stop - self.start
+        return (Strip(self.start, length, 0, length, length, 1),) if length else ()
+
+
+class Strip(NamedTuple):
+    """`count` runs of `length` elements, evenly spaced in the whole tensor and in the shard, both flattened: a box.
+
+    Run i is [start + i * stride, + length) of the whole and [at + i * step, + length) of the shard.
+    """
+
+    start: int
+    stride: int
+    at: int
+    step: int
+    length: int
+    count: int
+
+
+class ShardStrips(NamedTuple):
+    """Which part of a parameter this rank owns where it is no contiguous range, as of a matrix cut along its columns.
+
+    The shard is flat and in the order in which the rank holds it; the strips fill it without overlap.
+    """
+
+    shape: tuple[int, ...]  # of the whole parameter
+    strips: tuple[Strip, ...]
+
 
 class Booster(Protocol):
     """A training backend. It owns the wrapped model and its optimizer after `prepare`.
@@ -53,8 +83,11 @@ class Booster(Protocol):
         Returns: the global L2 norm of the gradients before clipping, the same on every rank.
         """
 
-    def ranges(self) -> dict[str, ShardRange]:
-        """What this rank owns, for every trainable parameter by its plain name. Ranks together own all, once."""
+    def ranges(self) -> dict[str, ShardRange | ShardStrips]:
+        """What this rank owns, for every trainable parameter by its plain name. Ranks together own all, once.
+
+        Only tensor parallelism needs strips.
+        """
 
     def master_shards(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's float32 weights, flat, laid out as `ranges`; live views. The EMA averages these."""

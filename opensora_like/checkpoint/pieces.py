@@ -1,7 +1,8 @@
 """The tensor format of a checkpoint: every tensor flattened and cut into ranges, one file per rank and kind.
 
-A piece is a contiguous range of a whole tensor. Whoever reads asks for a range and gets it from the files
-that hold parts of it, so the number of processes that wrote does not matter to those that read.
+A piece is a contiguous range of a whole tensor or, under tensor parallelism, strips of it. Whoever reads asks for
+a range or for strips and gets them from the files that hold parts of them, so it does not matter to those that read
+how many processes wrote, and how they had cut the model.
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from opensora_like.boosters.base import ShardRange, ShardStrips, Strip
 from opensora_like.checkpoint.files import WrittenFile, write_safetensors, write_text
+from opensora_like.checkpoint.overlap import copy_runs, overlap, runs_of
 
 
 class Piece(NamedTuple):
-    """Part [start, stop) of a flattened tensor of `shape`; `kind` is "master", "ema" or an optimizer state."""
+    """Part [start, stop) of a flattened tensor of `shape`; `kind` is "master", "ema" or an optimizer state.
+
+    With `strips`, these elements of it alone, in the order of the strips' places in `tensor`.
+    """
 
     kind: str
     name: str
@@ -28,6 +34,14 @@ class Piece(NamedTuple):
     start: int
     stop: int
     tensor: Tensor
+    strips: tuple[Strip, ...] = ()
+
+
+class _Stored(NamedTuple):
+    start: int
+    stop: int
+    file: str
+    strips: tuple[Strip, ...]
 
 
 def write_pieces(
@@ -45,7 +59,8 @@ def write_pieces(
     for piece in pieces:
         file = f"{piece.kind}.rank{rank:05d}.safetensors"
         by_file.setdefault(file, []).append((piece.name, piece.tensor.detach().cpu().contiguous()))
-        listing.append([piece.kind, piece.name, list(piece.shape), piece.start, piece.stop, file])
+        where = [piece.start, piece.stop, file, *([piece.strips] if piece.strips else [])]
+        listing.append([piece.kind, piece.name, list(piece.shape), *where])
     written = {}
     for file, tensors in by_file.items():
         written[file] = write_safetensors(folder / file, tensors)
@@ -61,14 +76,15 @@ class PieceReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        self._pieces: dict[tuple[str, str], list[_Stored]] = {}
         self._shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         tables = sorted(folder.glob("pieces.rank*.json"))
         if not tables:
             raise FileNotFoundError(f"{str(folder)!r} has no pieces.rank*.json: not a checkpoint of this program")
         for table in tables:
-            for kind, name, shape, start, stop, file in json.loads(table.read_text()):
-                self._pieces.setdefault((kind, name), []).append((start, stop, file))
+            for kind, name, shape, start, stop, file, *more in json.loads(table.read_text()):
+                strips = tuple(Strip(*s) for s in more[0]) if more else ShardRange(tuple(shape), start, stop).strips
+                self._pieces.setdefault((kind, name), []).append(_Stored(start, stop, file, strips))
                 self._shapes[kind, name] = tuple(shape)
         self._open: dict[str, safe_open] = {}
 
@@ -90,24 +106,38 @@ class PieceReader:
             KeyError: no such tensor.
             OSError: a file is missing, cut short, or the pieces leave a gap.
         """
-        if (kind, name) not in self._pieces:
-            raise KeyError(f"{str(self.folder)!r} has no {kind} of {name!r}")
-        total = math.prod(self._shapes[kind, name])
-        stop = total if stop is None else stop
-        parts, at = [], start
-        for first, last, file in sorted(self._pieces[kind, name]):
-            if last <= at or first >= stop:
+        shape = self._shape_of(kind, name)
+        return self.read_place(kind, name, ShardRange(shape, start, math.prod(shape) if stop is None else stop))
+
+    def read_place(self, kind: str, name: str, place: ShardRange | ShardStrips) -> Tensor:
+        """What a rank owns of a tensor, flat, on the CPU. Raises as `read`.
+
+        Strips out of a range read all that lies between them.
+        """
+        self._shape_of(kind, name)
+        missing = runs_of(place.strips)
+        out, total, stop = None, int(missing.length.sum()), missing.stop
+        for stored in sorted(self._pieces[kind, name]):
+            if not len(missing.start) or stored.stop <= missing.start[0] or stored.start >= missing.stop:
                 continue
-            if first > at:
-                break
-            end = min(last, stop)
-            parts.append(self._slice(file, name, at - first, end - first))
-            at = end
-        if at < stop:
-            raise OSError(f"{str(self.folder)!r}: {kind} of {name!r} has no elements {at} to {stop} of {total}")
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if parts else torch.empty(0)
+            found, missing = overlap(missing, runs_of(stored.strips))
+            if not len(found.length):
+                continue
+            low, high = int(found.source.min()), int((found.source + found.length).max())
+            part = self._slice(stored.file, name, low, high)
+            if len(found.length) == 1 and high - low == total:
+                return part
+            out = part.new_empty(total) if out is None else out
+            copy_runs(out, part, found.moved(-low))
+        if len(missing.start):
+            gap = f"elements {missing.start[0]} to {stop} of {math.prod(self._shapes[kind, name])}"
+            raise OSError(f"{str(self.folder)!r}: {kind} of {name!r} has no {gap}")
+        return torch.empty(0) if out is None else out
+
+    def _shape_of(self, kind: str, name: str) -> tuple[int, ...]:
+        if (kind, name) not in self._shapes:
+            raise KeyError(f"{str(self.folder)!r} has no {kind} of {name!r}")
+        return self._shapes[kind, name]
 
     def read_whole(self, kind: str, name: str) -> Tensor:
         """The whole tensor in its shape."""
@@ -124,13 +154,16 @@ class PieceReader:
         return handle[start:stop] if handle.get_shape() else self._open[file].get_tensor(name).reshape(1)
 
 
-def pieces_of(kind: str, tensors: Mapping[str, Tensor], ranges: Mapping[str, tuple]) -> list[Piece]:
+def pieces_of(kind: str, tensors: Mapping[str, Tensor], ranges: Mapping[str, ShardRange | ShardStrips]) -> list[Piece]:
     """Pieces of flat shards laid out as a booster's `ranges`; a tensor without dimension is a piece of its own."""
     pieces = []
     for name, tensor in tensors.items():
-        shape, start, stop = ranges[name]
+        place = ranges[name]
         if tensor.ndim == 0:
             pieces.append(Piece(kind, name, (), 0, 1, tensor))
-        elif stop > start:
-            pieces.append(Piece(kind, name, tuple(shape), start, stop, tensor))
+        elif isinstance(place, ShardStrips):
+            runs = runs_of(place.strips)
+            pieces.append(Piece(kind, name, place.shape, int(runs.start[0]), runs.stop, tensor, place.strips))
+        elif place.stop > place.start:
+            pieces.append(Piece(kind, name, tuple(place.shape), place.start, place.stop, tensor))
     return pieces

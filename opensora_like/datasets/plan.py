@@ -6,11 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from opensora_like.datasets.bucket import Buckets, BucketShape, assign, drop_reasons
+from opensora_like.datasets.index import make_folder_once, open_array
+from opensora_like.datasets.shards import ShardedTable
+from opensora_like.datasets.shuffle import PURPOSE, BinnedRows, bin_rows
 from opensora_like.datasets.table import Table
 from opensora_like.rng import uniform
 
@@ -31,7 +35,7 @@ class MicroBatch:
 
     Args:
         index: its number within the epoch's plan.
-        rows: int64 [batch size], rows of the table.
+        rows: int64 [batch size], rows of the table; all different, but in a bucket of fewer rows than a batch.
         spares: int64 [0 to MAX_SPARES], other rows of the bucket; the next ones in its order, in the order in
             which they replace bad rows.
     """
@@ -48,20 +52,23 @@ class EpochPlan:
     """The micro-batches of one epoch, in order; any of them is found without walking over those before.
 
     Args:
-        rows: int64 [rows with a bucket], bucket after bucket, each in the epoch's order, tails included.
+        rows: int64 [rows with a bucket], bucket after bucket, each in the epoch's order, tails included; of a
+            `ShardedTable` it is on disk and gives slices only.
         bounds: int64 [buckets + 1]; bucket b owns rows[bounds[b]:bounds[b + 1]].
         starts: int64 [micro-batches], where in `rows` each begins.
         bucket_ids: int32 [micro-batches].
         fingerprint: of everything that decided the order but the epoch; see `order_key`.
+        folder: where the arrays are on disk, shared by the processes of a machine; None when they are in memory.
     """
 
     epoch: int
     buckets: Buckets
-    rows: np.ndarray
+    rows: np.ndarray | BinnedRows
     bounds: np.ndarray
     starts: np.ndarray
     bucket_ids: np.ndarray
     fingerprint: str
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -73,57 +80,123 @@ class EpochPlan:
         bucket, start = int(self.bucket_ids[index]), int(self.starts[index])
         stop = start + int(self.buckets.batch_sizes[bucket])
         first, last = self.bounds[bucket : bucket + 2].tolist()
+        shape = self.buckets.shapes[bucket]
+        if stop > last:  # the bucket has fewer rows than a batch
+            rows = np.resize(self.rows[first:last], stop - start)
+            return MicroBatch(self.epoch, index, shape, rows, spares=rows[:0])
         after = self.rows[stop : min(stop + MAX_SPARES, last)]
         wrapped = self.rows[first : min(first + MAX_SPARES - len(after), start)]
         return MicroBatch(
             epoch=self.epoch,
             index=index,
-            shape=self.buckets.shapes[bucket],
+            shape=shape,
             rows=self.rows[start:stop],
             spares=np.concatenate([after, wrapped]),
         )
 
 
 def build_plan(
-    table: Table, buckets: Buckets, *, fps_max: float | None, seed: int, epoch: int, shuffle: bool = True
+    table: Table | ShardedTable, buckets: Buckets, *, fps_max: float | None, seed: int, epoch: int, shuffle: bool = True
 ) -> EpochPlan:
     """Lay out one epoch.
 
     Each bucket's rows are shuffled, then cut into batches; the rows left over, fewer than one batch per bucket,
-    are others each epoch. Then the micro-batches are shuffled. Nothing depends on the number of processes.
+    are others each epoch. A bucket with fewer rows than a batch gets one that repeats them, in so many epochs that
+    its rows are seen as often as those of other buckets. Then the micro-batches are shuffled. Nothing depends on
+    the number of processes.
+
+    Of a `ShardedTable` the arrays are made once per machine in the folder of its index, those of older epochs
+    are deleted there. The order is that of the same table in memory.
 
     Args:
         fps_max: see `sampling_interval`.
         shuffle: False keeps the table's order within a bucket and goes from bucket to bucket; then the same
-            rows are left over each time.
+            rows are left over each time. Not for a `ShardedTable`.
 
     Raises:
         ValueError: not one batch is full; the message says what each bucket lacks and why rows have none.
     """
+    key = order_key(table, buckets, fps_max=fps_max, seed=seed, shuffle=shuffle)["fingerprint"]
+    if isinstance(table, ShardedTable):
+        if not shuffle:
+            raise ValueError(
+                f"table {table.path!r} is in shards, which are read in random order only; set shuffle=True"
+            )
+        return _plan_on_disk(table, buckets, fps_max=fps_max, seed=seed, epoch=epoch, key=key)
     ids = assign(
         table.num_frames, table.height, table.width, table.fps, buckets, fps_max=fps_max, seed=seed, epoch=epoch
     )
     rows = np.flatnonzero(ids >= 0)
     counts = np.bincount(ids[rows], minlength=len(buckets))
     if shuffle:  # by counter instead of a generator's permutation: the same order under every version of numpy
-        rows = rows[np.argsort(uniform(seed, "plan.rows", epoch, rows), kind="stable")]
+        rows = rows[np.argsort(uniform(seed, PURPOSE, epoch, rows), kind="stable")]
     rows = rows[np.argsort(ids[rows], kind="stable")]
     bounds = np.concatenate([[0], np.cumsum(counts)])
+    cut = _cut_batches(bounds, buckets, seed=seed, epoch=epoch, shuffle=shuffle)
+    if cut is None:
+        raise ValueError(_why_empty(table, buckets, ids, counts, fps_max=fps_max, epoch=epoch))
+    return EpochPlan(epoch, buckets, rows, bounds, *cut, key)
+
+
+def _cut_batches(
+    bounds: np.ndarray, buckets: Buckets, *, seed: int, epoch: int, shuffle: bool
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """`starts` and `bucket_ids` of an `EpochPlan`, or None if no bucket fills a batch."""
+    counts = np.diff(bounds)
     batches = counts // buckets.batch_sizes
     if not batches.any():
-        raise ValueError(_why_empty(table, buckets, ids, counts, fps_max=fps_max, epoch=epoch))
+        return None
+    if shuffle:
+        draw = uniform(seed, "plan.small_buckets", epoch, np.arange(len(buckets)))
+        batches += (batches == 0) & (draw * buckets.batch_sizes < counts)
     bucket_ids = np.repeat(np.arange(len(buckets), dtype=np.int32), batches)
     within = np.arange(len(bucket_ids)) - np.repeat(np.cumsum(batches) - batches, batches)
     starts = bounds[bucket_ids] + within * buckets.batch_sizes[bucket_ids]
     if shuffle:
-        order = np.argsort(uniform(seed, "plan.micro_batches", epoch, np.arange(len(starts))), kind="stable")
+        order = _permutation(len(starts), seed=seed, epoch=epoch)
         starts, bucket_ids = starts[order], bucket_ids[order]
-    key = order_key(table, buckets, fps_max=fps_max, seed=seed, shuffle=shuffle)
-    return EpochPlan(epoch, buckets, rows, bounds, starts, bucket_ids, key["fingerprint"])
+    return starts, bucket_ids
+
+
+def _permutation(num: int, *, seed: int, epoch: int) -> np.ndarray:
+    """0 to num - 1 in the order of their draws; packed with their draws into one number, which sorts faster."""
+    bits = num.bit_length()
+    draw = uniform(seed, "plan.micro_batches", epoch, np.arange(num))
+    keys = (draw * 2.0 ** min(53, 64 - bits)).astype(np.uint64) << np.uint64(bits) | np.arange(num, dtype=np.uint64)
+    keys.sort()
+    return (keys & np.uint64((1 << bits) - 1)).astype(np.int64)
+
+
+def _plan_on_disk(
+    table: ShardedTable, buckets: Buckets, *, fps_max: float | None, seed: int, epoch: int, key: str
+) -> EpochPlan:
+    index = table.bucket_index(buckets, fps_max=fps_max)
+
+    def build(folder: Path) -> None:
+        bounds = bin_rows(folder, index.codes, index.rows_per_class, index.classes, seed=seed, epoch=epoch)
+        cut = _cut_batches(bounds, buckets, seed=seed, epoch=epoch, shuffle=True)
+        if cut is None:
+            columns = (table.num_frames, table.height, table.width, table.fps)
+            ids = assign(*columns, buckets, fps_max=fps_max, seed=seed, epoch=epoch)
+            raise ValueError(_why_empty(table, buckets, ids, np.diff(bounds), fps_max=fps_max, epoch=epoch))
+        for name, array in zip(("bounds", "starts", "bucket_ids"), (bounds, *cut), strict=True):
+            np.save(folder / f"{name}.npy", array)
+
+    folder = make_folder_once(table.index_folder / f"plan-{key[:16]}-{epoch}", build)
+    table.forget_epochs(f"plan-{key[:16]}-", before=epoch - 1)
+    rows = BinnedRows(folder, seed=seed, epoch=epoch)
+    arrays = (open_array(folder / f"{name}.npy") for name in ("bounds", "starts", "bucket_ids"))
+    return EpochPlan(epoch, buckets, rows, *arrays, key, folder)
 
 
 def _why_empty(
-    table: Table, buckets: Buckets, ids: np.ndarray, counts: np.ndarray, *, fps_max: float | None, epoch: int
+    table: Table | ShardedTable,
+    buckets: Buckets,
+    ids: np.ndarray,
+    counts: np.ndarray,
+    *,
+    fps_max: float | None,
+    epoch: int,
 ) -> str:
     columns = (table.num_frames, table.height, table.width, table.fps)
     dropped = drop_reasons(*columns, buckets, ids, fps_max=fps_max)
@@ -145,8 +218,19 @@ def _why_empty(
     return "\n".join(lines)
 
 
-def order_key(table: Table, buckets: Buckets, *, fps_max: float | None, seed: int, shuffle: bool = True) -> dict:
+def order_key(
+    table: Table | ShardedTable,
+    buckets: Buckets,
+    *,
+    fps_max: float | None,
+    seed: int,
+    shuffle: bool = True,
+    balance: Mapping[str, Any] | None = None,
+) -> dict:
     """What decides the data order of every epoch, readable and as one fingerprint; a checkpoint keeps it.
+
+    Args:
+        balance: `Balance.key` where micro-batches are balanced.
 
     Returns: json-able; `table_path` is there for the reader and is not part of the fingerprint.
     """
@@ -159,6 +243,8 @@ def order_key(table: Table, buckets: Buckets, *, fps_max: float | None, seed: in
         "seed": int(seed),
         "shuffle": bool(shuffle),
     }
+    if balance is not None:
+        decisive["balance"] = dict(balance)
     text = json.dumps(decisive)  # not sorted: of resolutions of one size, the first written is tried first
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return {"fingerprint": digest, "table_path": table.path, **decisive}
@@ -172,9 +258,9 @@ def what_changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if saved.get("table") != now["table"]:
         old, new = (f"{k.get('num_rows')} rows of {k.get('table_path')!r}" for k in (saved, now))
         changes.append(f"table: {old} -> {new}" if old != new else f"table: {new} were edited or reordered")
-    for name in ("multiple", "fps_max", "seed", "shuffle"):
-        if saved.get(name) != now[name]:
-            changes.append(f"{name}: {saved.get(name)!r} -> {now[name]!r}")
+    for name in ("multiple", "fps_max", "seed", "shuffle", "balance"):
+        if saved.get(name) != now.get(name):
+            changes.append(f"{name}: {saved.get(name)!r} -> {now.get(name)!r}")
     old, new = (_entries(key.get("bucket_config") or {}) for key in (saved, now))
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
@@ -188,6 +274,15 @@ def _entries(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         for resolution, table in config.items()
         for frames, (p_hw, p_skip, batch_size) in table.items()
     }
+
+
+def has_constant_length(plan: EpochPlan) -> bool:
+    """Whether every epoch has as many micro-batches as this one: nothing is drawn, no bucket is below one batch."""
+    entries = [entry for table in plan.buckets.config.values() for entry in table.values()]
+    counts = np.diff(plan.bounds)
+    return all(keep >= 1 and skip <= 0 for keep, skip, _ in entries) and not np.any(
+        (counts > 0) & (counts < plan.buckets.batch_sizes)
+    )
 
 
 def steps_in_epoch(num_micro_batches: int, micro_per_step: int, start: int = 0) -> int:

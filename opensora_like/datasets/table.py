@@ -20,6 +20,7 @@ COUNTS = ("num_frames", "height", "width")  # whole numbers, never missing
 NUMBERS = (*COUNTS, "fps", "aspect_ratio", "resolution")
 STRINGS = ("path", "text")
 _BLOCK_BYTES = 32 << 20  # of a csv read at once; no row may be longer
+_HASHED_ROWS = 1 << 20  # at once, so that columns on disk are never whole in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,11 @@ class Table:
         return len(self.num_frames)
 
     @property
+    def column_names(self) -> list[str]:
+        """What `row` can give."""
+        return [*self.other.column_names, *COUNTS, "fps"]
+
+    @property
     def aspect_ratio(self) -> np.ndarray:
         """height / width, float64 [N]; NaN where the width is 0."""
         return self.height / np.where(self.width > 0, self.width, np.nan)
@@ -67,9 +73,17 @@ class Table:
         if not 0 <= index < self.num_rows:
             raise IndexError(f"row {index} of {self.path!r}, which has rows 0 to {self.num_rows - 1}")
         values = self.other.slice(index, 1).to_pylist()[0]
-        row = {k: v for k, v in values.items() if v not in (None, "") and not (isinstance(v, float) and math.isnan(v))}
-        numbers = {name: int(getattr(self, name)[index]) for name in COUNTS}
-        return {"text": "", **row, **numbers, "fps": float(self.fps[index])}
+        return {"text": "", **present_values(values), **row_numbers(self, index)}
+
+
+def present_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what has no value: null, NaN, ""."""
+    return {k: v for k, v in values.items() if v not in (None, "") and not (isinstance(v, float) and math.isnan(v))}
+
+
+def row_numbers(table: Any, index: int) -> dict[str, Any]:
+    """What every row has, from the numeric columns."""
+    return {name: int(getattr(table, name)[index]) for name in COUNTS} | {"fps": float(table.fps[index])}
 
 
 def read_table(path: str | Path) -> Table:
@@ -174,7 +188,7 @@ def _read_jsonl(file: Path) -> pa.Table:
     return arrow_json.read_json(file, read_options=arrow_json.ReadOptions(block_size=_BLOCK_BYTES))
 
 
-# suffix -> reader; a folder of parquet shards would be one more entry
+# suffix -> reader
 _READERS: dict[str, Callable[[Path], pa.Table]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
@@ -292,18 +306,42 @@ def _notes(table: pa.Table, numbers: Mapping[str, np.ndarray]) -> tuple[str, ...
     return tuple(notes)
 
 
+class Fingerprint:
+    """The fingerprint of a table that is seen in pieces: the paths as they come, the numbers at the end.
+
+    Lengths and bytes of the paths are hashed apart, so that neither arrow's chunks nor ours show.
+    """
+
+    def __init__(self) -> None:
+        self._lengths, self._texts = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+        self._num_rows = 0
+
+    def add(self, paths: pa.ChunkedArray) -> None:
+        """Args: paths: large_string, no nulls; the next rows."""
+        for chunk in paths.chunks:
+            offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            if len(chunk):
+                self._lengths.update(np.diff(offsets))
+                data = chunk.buffers()[2]
+                self._texts.update(memoryview(data)[offsets[0] : offsets[-1]] if data is not None else b"")
+        self._num_rows += len(paths)
+
+    def of(self, numbers: Mapping[str, np.ndarray]) -> str:
+        """Args: numbers: the columns of `COUNTS` (whole numbers of any width) and fps, of all rows."""
+        texts = self._lengths.digest() + self._texts.digest()
+        whole = hashlib.blake2b(f"{self._num_rows}/".encode() + texts, digest_size=16)
+        for name in (*COUNTS, "fps"):
+            column = numbers[name]
+            for start in range(0, len(column), _HASHED_ROWS):
+                part = column[start : start + _HASHED_ROWS]
+                if name == "fps":  # one bit pattern for NaN, and for 0
+                    whole.update(np.where(np.isnan(part), np.nan, part + 0.0))
+                else:
+                    whole.update(part.astype(np.int64, copy=False))
+        return whole.hexdigest()
+
+
 def _fingerprint(paths: pa.ChunkedArray, numbers: Mapping[str, np.ndarray]) -> str:
-    """Lengths and bytes of the paths are hashed apart, so that arrow's chunks do not show."""
-    lengths, texts = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-    for chunk in paths.chunks:
-        offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-        if len(chunk):
-            lengths.update(np.diff(offsets))
-            data = chunk.buffers()[2]
-            texts.update(memoryview(data)[offsets[0] : offsets[-1]] if data is not None else b"")
-    whole = hashlib.blake2b(f"{len(paths)}/".encode() + lengths.digest() + texts.digest(), digest_size=16)
-    for name in COUNTS:
-        whole.update(numbers[name])
-    fps = numbers["fps"]
-    whole.update(np.where(np.isnan(fps), np.nan, fps + 0.0))  # one bit pattern for NaN, and for 0
-    return whole.hexdigest()
+    fingerprint = Fingerprint()
+    fingerprint.add(paths)
+    return fingerprint.of(numbers)

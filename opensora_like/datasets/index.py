@@ -1,0 +1,96 @@
+"""Arrays on disk that the processes of a machine share: made by one of them, mapped into memory by all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+
+def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Make a folder of files that is there whole or not at all.
+
+    One process of a machine builds while the others wait for it. Where the file system has no locks, several
+    build the same and the first to finish wins.
+
+    Args:
+        folder: named after everything that decides its content.
+        build: fills the empty folder that it is given.
+
+    Returns: `folder`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent / ".lock"):
+        if folder.is_dir():
+            return folder
+        staged = folder.parent / f".{folder.name}.{os.getpid()}"
+        shutil.rmtree(staged, ignore_errors=True)  # of a dead process that had this number
+        staged.mkdir()
+        try:
+            build(staged)
+            _flush(staged)
+            staged.rename(folder)
+        except OSError as problem:
+            # another process was first, where there are no locks
+            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as problem:
+            if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield
+
+
+def _flush(folder: Path) -> None:
+    """To the disk, before the rename says that all is there."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def new_array(path: Path, dtype: type, num: int) -> np.ndarray:
+    """A .npy file of `num` zeros, mapped for writing; the pages that were written may leave memory at any time."""
+    if num == 0:
+        np.save(path, np.zeros(0, dtype))
+        return np.zeros(0, dtype)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num,))
+
+
+def open_array(path: Path) -> np.ndarray:
+    """A .npy file, mapped for reading.
+
+    Raises:
+        ValueError: it is not whole; the message says to delete it.
+    """
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError as problem:
+        if "mmap length" in str(problem) or path.stat().st_size <= 128:  # an empty array has nothing to map
+            try:
+                return np.load(path)
+            except (ValueError, EOFError):
+                pass  # the message below says what to do
+        raise ValueError(f"index file {str(path)!r} cannot be read: {problem}; delete its folder") from problem
