@@ -42,22 +42,34 @@ def write_prompts(clips: Path, path: Path) -> Path:
 
 
 def score_samples(prompts: Path, samples: Path) -> dict[str, list[Scored]]:
-    """Read back the files that inference wrote, every repeat of every prompt. Returns: "seen" and "held_out"."""
-    found: dict[str, list[Scored]] = {"seen": [], "held_out": []}
+    """Read back the files that inference wrote: the first sample of every prompt, then the second, and so on.
+
+    Returns: "seen" and "held_out".
+
+    Raises:
+        FileNotFoundError: a prompt has no file.
+    """
+    found: dict[str, list[tuple[int, Scored]]] = {"seen": [], "held_out": []}
     with prompts.open(newline="") as file:
         for row in csv.DictReader(file):
             truth = combination_of(row["text"])
-            files = sorted(p for p in samples.glob(f"{row['name']}*.mp4") if _is_sample(p.stem, row["name"]))
-            if not files:
+            files = {_repeat(p.stem, row["name"]): p for p in samples.glob(f"{row['name']}*.mp4")}
+            if 0 not in files:
                 raise FileNotFoundError(f"no sample of {row['name']!r} in {str(samples)!r}; inference did not finish")
-            for path in files:
-                video = to_video(np.asarray(read_frames(str(path), range(probe(str(path)).num_frames))))
-                found[row["name"].rsplit("_", 1)[0]].append(Scored(video, truth, score_clip(video)))
-    return found
+            for repeat, path in files.items():
+                if repeat is not None:
+                    video = to_video(np.asarray(read_frames(str(path), range(probe(str(path)).num_frames))))
+                    scored = Scored(video, truth, score_clip(video))
+                    found[row["name"].rsplit("_", 1)[0]].append((repeat, scored))
+    return {part: [scored for _, scored in sorted(clips, key=lambda c: c[0])] for part, clips in found.items()}
 
 
-def _is_sample(stem: str, name: str) -> bool:
-    return stem == name or stem.removeprefix(f"{name}_").isdigit()
+def _repeat(stem: str, name: str) -> int | None:
+    """Which sample of prompt `name` a file holds; None if it is another prompt's."""
+    if stem == name:
+        return 0
+    rest = stem.removeprefix(f"{name}_")
+    return int(rest) if rest.isdigit() else None
 
 
 def read_real(table: Path, *, size: int, num: int) -> list[Scored]:
