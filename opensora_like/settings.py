@@ -53,6 +53,9 @@ class RunConfig:
         None, doc="task -> relative frequency (t2v, i2v_head, i2v_tail, i2v_loop, v2v_*); None trains t2v only"
     )
     no_i2v_ref_loss: bool = setting(False, doc="leave the given frames out of the loss")
+    loss_weight: Literal["per_micro_batch", "per_sample", "per_token"] = setting(
+        "per_micro_batch", doc="what counts the same in a step's loss: each micro-batch, sample or latent token"
+    )
     dropout_ratio: dict[str, float] = setting({}, doc="condition name -> probability of the null embedding, per sample")
     guidance: float = setting(4.0, doc="constant given to models with a guidance embedding")
     sample_posterior: bool = setting(True, doc="draw latents from the autoencoder's posterior; False takes its mean")
@@ -91,9 +94,18 @@ class RunConfig:
     wandb_project: str = setting("opensora_like", doc="project name there")
     ckpt_every: int = setting(0, doc="updates between checkpoints; 0 saves at the end only")
     keep_n_latest: int = setting(-1, doc="complete checkpoints kept; -1 keeps all")
+    keep_every: int = setting(
+        0, doc="checkpoints of updates that are multiples of this are kept beside the newest ones; 0 keeps none so"
+    )
     async_io: bool = setting(False, doc="write checkpoints in the background; a step waits for the copy only")
     on_save_error: Literal["stop", "continue"] = setting("stop", doc="what to do when a checkpoint cannot be written")
     load: str | None = setting(None, doc="checkpoint to resume from, or 'latest' of this run's folder")
+    load_weights_only: bool = setting(
+        False, doc="with `load`: take its weights (not the EMA) and begin at step 0 with a fresh optimizer and EMA"
+    )
+    load_strict: bool = setting(
+        True, doc="with `load_weights_only`: False takes the tensors that fit and logs every one that does not"
+    )
     start_epoch: int | None = setting(None, doc="with `load`: keep weights and optimizer, restart the data here")
     start_step: int | None = setting(None, doc="with `load`: update within `start_epoch` at which the data restart")
     timeout_minutes: float = setting(30.0, doc="after which a collective operation that hangs is an error")

@@ -7,6 +7,7 @@ from typing import Protocol
 from opensora_like.datasets.batch import Sample
 from opensora_like.datasets.bucket import Buckets, BucketShape
 from opensora_like.datasets.plan import EpochPlan
+from opensora_like.datasets.shards import ShardedTable
 from opensora_like.datasets.table import Table
 
 
@@ -16,7 +17,7 @@ class ClipDataset(Protocol):
     The program gives ``bucket_config``, ``multiple`` (of heights and widths) and ``seed`` to its constructor.
     """
 
-    table: Table
+    table: Table | ShardedTable
     buckets: Buckets
     fps_max: float | None
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +33,12 @@ def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / ".lock"):
+    with _locked(folder.parent / ".lock") as alone:
         if folder.is_dir():
             return folder
-        staged = folder.parent / f".{folder.name}.{os.getpid()}"
-        shutil.rmtree(staged, ignore_errors=True)  # of a dead process that had this number
+        staged = folder.parent / f".{folder.name}.{socket.gethostname()}.{os.getpid()}"
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*") if alone else [staged]:
+            shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
         staged.mkdir()
         try:
             build(staged)
@@ -51,14 +54,17 @@ def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[bool]:
+    """Wait for the lock. Gives: False where the file system has none."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
         except OSError as problem:
             if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-        yield
+            alone = False
+        yield alone
 
 
 def _flush(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opensora_like.datasets.bucket import Buckets, BucketShape, assign, drop_reasons
+from opensora_like.datasets.bucket import CHUNK, Buckets, BucketShape, assign, drop_reasons
 from opensora_like.datasets.index import make_folder_once, open_array
 from opensora_like.datasets.shards import ShardedTable
 from opensora_like.datasets.shuffle import PURPOSE, BinnedRows, bin_rows
@@ -150,21 +150,24 @@ def _cut_batches(
         draw = uniform(seed, "plan.small_buckets", epoch, np.arange(len(buckets)))
         batches += (batches == 0) & (draw * buckets.batch_sizes < counts)
     bucket_ids = np.repeat(np.arange(len(buckets), dtype=np.int32), batches)
-    within = np.arange(len(bucket_ids)) - np.repeat(np.cumsum(batches) - batches, batches)
-    starts = bounds[bucket_ids] + within * buckets.batch_sizes[bucket_ids]
-    if shuffle:
-        order = _permutation(len(starts), seed=seed, epoch=epoch)
-        starts, bucket_ids = starts[order], bucket_ids[order]
-    return starts, bucket_ids
+    order = _permutation(len(bucket_ids), seed=seed, epoch=epoch) if shuffle else np.arange(len(bucket_ids))
+    bucket_ids = bucket_ids[order]
+    start_of_0 = bounds[:-1] - (np.cumsum(batches) - batches) * buckets.batch_sizes
+    return start_of_0[bucket_ids] + order * buckets.batch_sizes[bucket_ids], bucket_ids
 
 
 def _permutation(num: int, *, seed: int, epoch: int) -> np.ndarray:
     """0 to num - 1 in the order of their draws; packed with their draws into one number, which sorts faster."""
     bits = num.bit_length()
-    draw = uniform(seed, "plan.micro_batches", epoch, np.arange(num))
-    keys = (draw * 2.0 ** min(53, 64 - bits)).astype(np.uint64) << np.uint64(bits) | np.arange(num, dtype=np.uint64)
+    scale = 2.0 ** min(53, 64 - bits)
+    keys = np.empty(num, np.uint64)
+    for start in range(0, num, CHUNK):
+        index = np.arange(start, min(start + CHUNK, num), dtype=np.uint64)
+        draw = (uniform(seed, "plan.micro_batches", epoch, index) * scale).astype(np.uint64)
+        keys[start : start + len(index)] = draw << np.uint64(bits) | index
     keys.sort()
-    return (keys & np.uint64((1 << bits) - 1)).astype(np.int64)
+    keys &= np.uint64((1 << bits) - 1)
+    return keys.view(np.int64)
 
 
 def _plan_on_disk(

@@ -17,6 +17,7 @@ from opensora_like import rng
 from opensora_like.datasets.batch import BucketShape, Sample
 from opensora_like.datasets.bucket import compile_buckets, sampling_interval
 from opensora_like.datasets.plan import EpochPlan, build_plan
+from opensora_like.datasets.shards import ShardedTable, open_shards
 from opensora_like.datasets.table import REQUIRED, Table, read_table, table_of
 from opensora_like.datasets.video_io import (
     BadSample,
@@ -82,10 +83,11 @@ class VideoText:
         vmaf: tell the column score_vmafmotion in the caption.
         rand_sample_interval: draw the distance of frames from 1 to this instead of following `fps_max`, as far
             as the clip is long enough.
-        memory_efficient: parquet only. The columns that are used, and no others, are copied once to an Arrow file
-            in the folder for temporary files, and mapped from there: captions take no memory until they are read,
-            and all processes of a machine share the pages. Without it the whole table is held in memory, which
-            workers share as long as they are forked.
+        memory_efficient: parquet only. Of a table that tools/shard.py cut up the shards are read, by row group, and
+            the numeric columns are mapped from an index that is made once. Of any other the columns that are used are
+            copied once to an Arrow file in the folder for temporary files, and mapped from there. Either way captions
+            take no memory until they are read, and all processes of a machine share the pages. Without it the whole
+            table is held in memory, which workers share as long as they are forked.
         data_root: folder that the paths in the table start from. Without it they start from the current folder,
             and where there is no such file, from the folder of the table.
         fps_in_caption: tell the rate in the caption.
@@ -118,17 +120,20 @@ class VideoText:
         self.fps_max, self.vmaf, self.fps_in_caption = fps_max, vmaf, fps_in_caption
         self.transform_name, self.rand_sample_interval = transform_name, rand_sample_interval
         self.seed = seed
-        self.table = read_mapped_table(data_path, with_motion=vmaf) if memory_efficient else read_table(data_path)
-        if vmaf and "score_vmafmotion" not in self.table.other.column_names:
+        self.table = open_table(data_path, memory_efficient=memory_efficient, with_motion=vmaf)
+        if vmaf and "score_vmafmotion" not in self.table.column_names:
             raise ValueError(
                 f"dataset.vmaf=True needs the column 'score_vmafmotion', table {data_path!r} has only "
-                f"{self.table.other.column_names}; add it or set dataset.vmaf=False"
+                f"{self.table.column_names}; add it or set dataset.vmaf=False"
             )
         self.buckets = compile_buckets(bucket_config, multiple=multiple)
         self._plans: dict[int, EpochPlan] = {}
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}}  # a loader worker is told what to read, it needs no plan
 
     def plan(self, epoch: int) -> EpochPlan:
         """The order of an epoch; the last two asked for are kept, since the loader reads ahead into the next."""
@@ -188,6 +193,17 @@ class VideoText:
             )
         begin = int(draws.integers(0, last_begin + 1))
         return [begin + i * interval for i in range(num_frames)], new_fps
+
+
+def open_table(path: str, *, memory_efficient: bool, with_motion: bool) -> Table | ShardedTable:
+    """The table of a dataset: shards if `path` is a folder of them, or has one beside it and memory is to be saved.
+
+    Raises: as `read_table`, `open_shards` and `read_mapped_table`.
+    """
+    source = Path(path)
+    if source.is_dir() or (memory_efficient and source.suffix == ".parquet" and source.with_suffix("").is_dir()):
+        return open_shards(source)
+    return read_mapped_table(path, with_motion=with_motion) if memory_efficient else read_table(path)
 
 
 def read_mapped_table(path: str | Path, *, with_motion: bool = False) -> Table:

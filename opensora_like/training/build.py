@@ -6,23 +6,25 @@ import fcntl
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 
 from opensora_like import runtime as rt
 from opensora_like.boosters.base import Booster
 from opensora_like.checkpoint import layout
-from opensora_like.checkpoint.manager import CheckpointManager, TrainState, check_order, read_state
+from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.weights import load_pretrained
 from opensora_like.conditioning.encode import Encode
 from opensora_like.config import config_text, to_dict
-from opensora_like.datasets.balance import Balance, balance_plan
+from opensora_like.datasets.ahead import build_ahead
+from opensora_like.datasets.balance import Balance, balance_plan, micro_batch_weight
 from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.batch import Batch
-from opensora_like.datasets.cost import CostModel, Grid
+from opensora_like.datasets.cost import CostModel, Grid, tokens_of
 from opensora_like.datasets.loader import BadSampleLog, make_loader
 from opensora_like.datasets.plan import (
     EpochPlan,
@@ -32,6 +34,7 @@ from opensora_like.datasets.plan import (
     rank_stream,
     steps_in_epoch,
 )
+from opensora_like.datasets.shards import ShardedTable
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
 from opensora_like.registry import BOOSTERS, DATASETS, MODELS, SCHEDULERS, build, fit_arguments
 from opensora_like.runtime import Runtime, logger
@@ -39,6 +42,7 @@ from opensora_like.settings import RunConfig
 from opensora_like.training.ema import EMA
 from opensora_like.training.optim import optimizer_factory
 from opensora_like.training.resources import derive_cost
+from opensora_like.training.resume import load_state, log_report
 from opensora_like.training.step import FlowMatchingStep
 from opensora_like.training.trainer import Run, Schedule
 
@@ -67,7 +71,7 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
     ema = EMA(booster, cfg.ema_decay) if cfg.ema_decay is not None else None
     schedule = make_schedule(cfg, dataset, booster)
     balance = build_balance(cfg, dataset, autoencoder, encoders)
-    plan_of = make_plan_of(cfg, dataset, balance)
+    plan_of = make_plan_of(cfg, runtime, dataset, balance)
     checkpoints = build_checkpoints(cfg, runtime, folder, dataset, booster, ema, balance)
     state = load_state(cfg, folder, checkpoints, micro_per_step=booster.dp_size * cfg.accumulation_steps)
     log_summary(cfg, runtime, dataset, model, schedule, state)
@@ -90,6 +94,7 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
         ema=ema,
         state=state,
         on_batch=BadSampleLog(folder / "bad_samples.jsonl", max_bad_fraction=cfg.max_bad_fraction).record,
+        weights_of=loss_weights(cfg, booster, plan_of, tokens_of(dataset.buckets, _grid(autoencoder, dataset))),
         lock=lock,
     )
 
@@ -150,7 +155,7 @@ def build_model(cfg: RunConfig) -> Denoiser:
     if model.from_pretrained:
         where = "model.from_pretrained"
         report = load_pretrained(model, model.from_pretrained, where=where, strict=model.strict_load)
-        logger.info("%s %s: %s", where, model.from_pretrained, report)
+        log_report(f"{where} {model.from_pretrained}", report)
     return model
 
 
@@ -189,20 +194,45 @@ def build_balance(
     else:
         cost = derive_cost(cfg.model, cfg.autoencoder, encoders, dataset.buckets)
         logger.info("cost %s", " ".join(f"{name} {value:.4g}" for name, value in vars(cost).items()))
-    grid = Grid(autoencoder.temporal_stride, dataset.buckets.multiple)
-    return Balance(cost.of_buckets(dataset.buckets, grid), **options)
+    return Balance(cost.of_buckets(dataset.buckets, _grid(autoencoder, dataset)), **options)
 
 
-def make_plan_of(cfg: RunConfig, dataset: ClipDataset, balance: Balance | None) -> Callable[[int], EpochPlan]:
-    """Epoch -> its plan; the last one asked for is kept."""
-    if balance is None:
-        return dataset.plan
+def _grid(autoencoder: Autoencoder, dataset: ClipDataset) -> Grid:
+    return Grid(autoencoder.temporal_stride, dataset.buckets.multiple)
+
+
+def loss_weights(
+    cfg: RunConfig, booster: Booster, plan_of: Callable[[int], EpochPlan], tokens: np.ndarray
+) -> Callable[[Batch], Sequence[float]]:
+    """First batch of a step -> weights of the losses of this rank's micro-batches; see `micro_batch_weight`."""
+    micro_per_step = booster.dp_size * cfg.accumulation_steps
+
+    def weights_of(first: Batch) -> Sequence[float]:
+        if cfg.loss_weight == "per_micro_batch":
+            return [1.0] * cfg.accumulation_steps
+        position = Position(first.epoch, first.index - booster.dp_rank)
+        weights = micro_batch_weight(plan_of(first.epoch), position, micro_per_step, cfg.loss_weight, tokens=tokens)
+        return weights[booster.dp_rank :: booster.dp_size].tolist()
+
+    return weights_of
+
+
+def make_plan_of(
+    cfg: RunConfig, runtime: Runtime, dataset: ClipDataset, balance: Balance | None
+) -> Callable[[int], EpochPlan]:
+    """Epoch -> its plan; the last one asked for is kept, and of a table in shards the next one is begun."""
     kept: dict[int, EpochPlan] = {}
 
     def plan_of(epoch: int) -> EpochPlan:
         if epoch not in kept:
-            plan = balance_plan(dataset.plan(epoch), balance, seed=cfg.seed)
-            kept.clear()
+            plan = dataset.plan(epoch)
+            if balance is not None:
+                plan = balance_plan(plan, balance, seed=cfg.seed)
+            if isinstance(dataset.table, ShardedTable) and runtime.local_rank == 0:
+                ahead = {"fps_max": dataset.fps_max, "seed": cfg.seed, "epoch": epoch + 1, "balance": balance}
+                build_ahead(dataset.table, dataset.buckets, **ahead)
+            for old in sorted(kept)[:-1]:  # two are kept: the loader is ahead of the step
+                del kept[old]
             kept[epoch] = plan
         return kept[epoch]
 
@@ -259,6 +289,7 @@ def build_checkpoints(
         ema=ema.shards if ema else None,
         config_text=config_text(cfg),
         keep_n_latest=cfg.keep_n_latest,
+        keep_every=cfg.keep_every,
         order=order_key(
             dataset.table,
             dataset.buckets,
@@ -297,26 +328,6 @@ def make_schedule(cfg: RunConfig, dataset: ClipDataset, booster: Booster) -> Sch
         log_every=cfg.log_every,
         ckpt_every=cfg.ckpt_every,
     )
-
-
-def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, micro_per_step: int) -> TrainState:
-    """Load `cfg.load` into weights, optimizer and EMA. Returns: where the run stands.
-
-    ``start_epoch`` and ``start_step`` keep all of that and move the data only.
-    """
-    restart = cfg.start_epoch is not None or cfg.start_step is not None
-    if cfg.load is None:
-        if restart:
-            raise ValueError("start_epoch and start_step move the data of a loaded checkpoint; give --load as well")
-        return TrainState()
-    source = checkpoints.newest_intact() if cfg.load == "latest" else layout.find_checkpoint(cfg.load, folder)
-    if not restart:
-        check_order(read_state(source), checkpoints.order, source)
-    state = checkpoints.load(source)
-    if restart:
-        state.epoch, state.micro_batch = cfg.start_epoch or 0, (cfg.start_step or 0) * micro_per_step
-    logger.info("loaded %s: step %d epoch %d micro_batch %d", source, state.step, state.epoch, state.micro_batch)
-    return state
 
 
 def batches_from(

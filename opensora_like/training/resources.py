@@ -1,29 +1,29 @@
-"""Predicts work and memory of a training step from a config, on ``meta`` tensors: no weights, no GPU."""
+"""Predicts memory, time and cost of training steps from what `measure` counted."""
 
 from __future__ import annotations
 
-import gc
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+import numpy as np
+from torch import nn
 
-from opensora_like.datasets.bucket import BucketShape
+from opensora_like.datasets.bucket import MAX_COUNT, Buckets, BucketShape
 from opensora_like.datasets.cost import CostModel, Grid
-from opensora_like.models.autoencoders.planning import _LiveBytes, plan_encode
-from opensora_like.models.base import Autoencoder, Denoiser
-from opensora_like.models.layers import Attention
-from opensora_like.registry import MODELS, build
+from opensora_like.datasets.plan import EpochPlan
+from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
+from opensora_like.rng import uniform
+from opensora_like.training.measure import (
+    EncodeUse,
+    ModelMemory,
+    ModelWork,
+    build_on_meta,
+    measure_autoencoder,
+    measure_work,
+)
 
-CLIP_TOKENS = 77  # of an image embedding where a model takes one
-PROBES = ((1, 16, 32), (4, 16, 32), (8, 32, 32))  # latents (T, H, W) in patches at which a model is measured
+DEFAULT_TEXT = 512  # tokens of a caption, where no encoder tells
 
 
 class Gpu(NamedTuple):
@@ -44,278 +44,7 @@ GPUS = {
 }
 
 
-class Line(NamedTuple):
-    """Bytes of one sample: fixed + per_token * latent tokens."""
-
-    fixed: float
-    per_token: float
-
-    def at(self, tokens: float) -> float:
-        return self.fixed + self.per_token * tokens
-
-
-class Work(NamedTuple):
-    """Floating-point operations of one sample in L latent tokens: fixed + per_token * L + per_pair * L**2."""
-
-    fixed: int
-    per_token: int
-    per_pair: int
-
-    def at(self, tokens: float) -> float:
-        return self.fixed + self.per_token * tokens + self.per_pair * tokens**2
-
-
-@dataclass(frozen=True)
-class ModelUse:
-    """What a denoiser takes.
-
-    Args:
-        num_parameters, num_trainable: elements.
-        forward: one forward.
-        step: a forward and a backward, with what checkpointed blocks compute again. Multiplications and additions
-            are counted each; attention counts twice its forward in the backward.
-        saved: tensors kept for the backward if no block were checkpointed, without weights.
-        peak: most memory alive at once in forward and backward, on top of weights and gradients.
-    """
-
-    num_parameters: int
-    num_trainable: int
-    forward: Work
-    step: Work
-    saved: Line
-    peak: Line
-
-
-def build_on_meta(section: Mapping[str, Any], *, where: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A model of a config without memory for its weights, which are neither read nor drawn."""
-    section = {k: v for k, v in section.items() if k != "from_pretrained"}
-    with torch.device("meta"):
-        return build(section, MODELS, where=where).to(dtype)
-
-
-def measure_model(model: Denoiser, *, text_length: int, probes: tuple[tuple[int, int, int], ...] = PROBES) -> ModelUse:
-    """Measure a denoiser on ``meta`` at three sizes and lay curves through them.
-
-    Args:
-        model: as `build_on_meta` makes it; its attention is exchanged for one that only keeps and counts what
-            fused attention keeps and computes, so it is of no other use afterwards.
-        text_length: text tokens.
-
-    Raises:
-        ValueError: a condition that this module does not know how to make.
-    """
-    count_attention(model)
-    tokens, forward, step, saved, peak = [], [], [], [], []
-    for time, rows, columns in probes:
-        latents = (time, rows * model.patch_size, columns * model.patch_size)
-        inputs = example_inputs(model, latents, text_length=text_length)
-        tokens.append(time * rows * columns)
-        flops, per_block = _forward_flops(model, inputs)
-        forward.append(flops)
-        live, calls = _peak_bytes(model, inputs)
-        again = sum(per_block[name] for name, count in calls.items() if count > 1)
-        step.append(3 * flops + again)
-        peak.append(live)
-        saved.append(saved_bytes(model, inputs))
-    parameters = list(model.parameters())
-    return ModelUse(
-        num_parameters=sum(p.numel() for p in parameters),
-        num_trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        forward=_parabola(tokens, forward),
-        step=_parabola(tokens, step),
-        saved=_line(tokens[-2:], saved[-2:]),
-        peak=_line(tokens[-2:], peak[-2:]),
-    )
-
-
-def example_inputs(
-    model: Denoiser, latents: tuple[int, int, int], *, text_length: int, batch_size: int = 1
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Arguments of a denoiser's forward, of its dtype and on its device.
-
-    Args:
-        latents: (T, H, W).
-
-    Raises:
-        ValueError: the model needs a condition of unknown shape.
-    """
-    weight = next(p for p in model.parameters() if p.is_floating_point())
-    channels = model.latent_channels
-    made = {
-        "text": lambda: (text_length, _width(model, "txt_in.in_features", "sizes.text_dim", "text_dim")),
-        "pooled": lambda: (_width(model, "vector_in.in_layer.in_features", "pooled_dim"),),
-        "guidance": lambda: (),
-        "visual": lambda: (1 + channels, *latents),
-        "image_embeds": lambda: (CLIP_TOKENS, _width(model, "sizes.image_dim", "image_dim")),
-    }
-    if unknown := sorted(model.condition_names - made.keys()):
-        raise ValueError(f"the shapes of conditions {unknown} of {type(model).__name__} are not known; add them here")
-    options = {"dtype": weight.dtype, "device": weight.device}
-    conditions = {name: torch.zeros(batch_size, *made[name](), **options) for name in sorted(model.condition_names)}
-    t_B = torch.full((batch_size,), 0.5, device=weight.device)
-    return torch.zeros(batch_size, channels, *latents, **options), t_B, conditions
-
-
-def _width(model: nn.Module, *paths: str) -> int:
-    for path in paths:
-        value: Any = model
-        for name in path.split("."):
-            value = getattr(value, name, None)
-        if isinstance(value, int):
-            return value
-    raise ValueError(f"{type(model).__name__} has none of {list(paths)}, which tell the width of a condition")
-
-
-class _Kept(torch.autograd.Function):
-    """Keeps what fused attention keeps for its backward: q, k, v, the result and a number per query."""
-
-    @staticmethod
-    def forward(ctx, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
-        b, n, length, _ = q_BNLD.shape
-        out = v_BNLD.new_empty(b, length, n, v_BNLD.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(q_BNLD, k_BNLD, v_BNLD, out, q_BNLD.new_empty(b, n, length, dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
-class _CountingAttention(nn.Module):
-    """In the place of `Attention`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def forward(self, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
-        b, n, num_queries, width = q_BNLD.shape
-        self.flops += 2 * b * n * num_queries * k_BNLD.shape[2] * (width + v_BNLD.shape[-1])
-        out = _Kept.apply(q_BNLD.to(v_BNLD.dtype), k_BNLD.to(v_BNLD.dtype), v_BNLD)
-        return out.transpose(1, 2).flatten(2)
-
-
-def count_attention(model: nn.Module) -> None:
-    """Exchange every `Attention` of a model for one that counts."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Attention):
-                setattr(parent, name, _CountingAttention())
-
-
-def blocks_of(model: Denoiser) -> dict[str, nn.Module]:
-    """The repeated blocks by name, in the order of `ParallelPlan.blocks`."""
-    patterns = [re.compile(re.escape(p).replace(r"\*", r"\d+")) for p in model.parallel_plan().blocks]
-    return {name: m for p in patterns for name, m in model.named_modules() if p.fullmatch(name)}
-
-
-def _forward_flops(model: Denoiser, inputs: tuple) -> tuple[int, dict[str, int]]:
-    """Operations of a forward, whole and by block."""
-    attention = [m for m in model.modules() if isinstance(m, _CountingAttention)]
-    per_block: dict[str, int] = {}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-
-        def now() -> int:
-            return counter.get_total_flops() + sum(m.flops for m in attention)
-
-        began = now()
-        hooks = []
-        for name, block in blocks_of(model).items():
-            hooks.append(block.register_forward_pre_hook(lambda *_, n=name: per_block.update({n: -now()})))
-            hooks.append(block.register_forward_hook(lambda *_, n=name: per_block.update({n: per_block[n] + now()})))
-        model(*inputs)
-        total = now() - began
-    for hook in hooks:
-        hook.remove()
-    return total, per_block
-
-
-def saved_bytes(model: Denoiser, inputs: tuple) -> int:
-    """Bytes that autograd keeps of a forward without checkpointing, each storage once, weights not counted."""
-    weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-    alive = []  # so that no storage is freed and its address used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in seen:
-            seen[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with _no_checkpointing(model), saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(*inputs)
-    return sum(seen.values())
-
-
-class _no_checkpointing:  # noqa: N801, a context manager reads as a verb
-    """All blocks keep their activations inside; `_num_recomputed` is what every denoiser of ours decides by."""
-
-    def __init__(self, model: Denoiser) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.before = getattr(self.model, "_num_recomputed", None)
-        self.model.set_grad_checkpoint(False)
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            self.model._num_recomputed = self.before
-
-
-def _peak_bytes(model: Denoiser, inputs: tuple) -> tuple[int, Counter[str]]:
-    """Most bytes alive in forward and backward, and how often each block ran. Gradients of weights go at once."""
-    calls: Counter[str] = Counter()
-    hooks = [b.register_forward_pre_hook(lambda *_, n=n: calls.update([n])) for n, b in blocks_of(model).items()]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)))
-    live = _LiveBytes()
-    with live:
-        model(*inputs).float().square().mean().backward()
-    for hook in hooks:
-        hook.remove()
-    gc.collect()
-    return live.peak, calls
-
-
-def _parabola(x: list[int], y: list[int]) -> Work:
-    """Through three points, exactly; the operations of a transformer are a polynomial of its tokens."""
-    (x0, x1, x2), (y0, y1, y2) = (map(Fraction, x), map(Fraction, y))
-    slope, next_slope = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-    pair = (next_slope - slope) / (x2 - x0)
-    token = slope - pair * (x0 + x1)
-    return Work(round(y0 - token * x0 - pair * x0**2), round(token), round(pair))
-
-
-def _line(x: list[int], y: list[int]) -> Line:
-    per_token = (y[1] - y[0]) / (x[1] - x[0])
-    return Line(y[0] - per_token * x[0], per_token)
-
-
-class EncodeUse(NamedTuple):
-    """What coding a clip takes, by its pixels (frames * height * width): operations, and bytes at the peak."""
-
-    flops_per_pixel: float
-    bytes_per_pixel: float
-    fixed_bytes: float
-    num_parameters: int
-
-
-def measure_autoencoder(autoencoder: Autoencoder, small: BucketShape, large: BucketShape) -> EncodeUse:
-    """Measure an autoencoder on ``meta`` at two sizes of clip; between them both numbers are nearly linear."""
-    uses, pixels = [], []
-    for shape in (small, large):
-        uses.append(plan_encode(autoencoder, shape.num_frames, shape.height, shape.width))
-        pixels.append(shape.num_frames * shape.height * shape.width)
-    parameters = sum(p.numel() for p in autoencoder.parameters())
-    if pixels[0] == pixels[1]:
-        return EncodeUse(uses[1].flops / pixels[1], uses[1].peak_bytes / pixels[1], 0.0, parameters)
-    line = _line(pixels, [use.peak_bytes for use in uses])
-    return EncodeUse(uses[1].flops / pixels[1], line.per_token, line.fixed, parameters)
-
-
-def cost_model(model: ModelUse, *, encode_flops_per_pixel: float = 0.0, text_flops: float = 0.0) -> CostModel:
+def cost_model(work: ModelWork, *, encode_flops_per_pixel: float = 0.0, text_flops: float = 0.0) -> CostModel:
     """A cost model in TFLOP, rounded to four digits, so that it does not change with a version of torch.
 
     Args:
@@ -326,11 +55,38 @@ def cost_model(model: ModelUse, *, encode_flops_per_pixel: float = 0.0, text_flo
         return float(f"{max(flops, 0.0) / 1e12:.3e}")
 
     return CostModel(
-        per_token=rounded(model.step.per_token),
-        per_token_pair=rounded(model.step.per_pair),
-        per_sample=rounded(model.step.fixed + text_flops),
+        per_token=rounded(work.step.per_token),
+        per_token_pair=rounded(work.step.per_pair),
+        per_sample=rounded(work.step.fixed + text_flops),
         per_pixel=rounded(encode_flops_per_pixel),
     )
+
+
+def derive_cost(
+    model: Mapping[str, Any], autoencoder: Mapping[str, Any], encoders: Mapping[str, TextEncoder], buckets: Buckets
+) -> CostModel:
+    """The cost model of a run from the operations of its parts, counted without running them.
+
+    Args:
+        model, autoencoder: sections of the config. encoders: built.
+
+    Raises:
+        ValueError: the model takes a condition of unknown shape.
+    """
+    text_length = max((getattr(encoder, "max_length", 0) for encoder in encoders.values()), default=0) or DEFAULT_TEXT
+    try:
+        work = measure_work(build_on_meta(model, where="model"), text_length=text_length)
+    except ValueError as problem:
+        raise ValueError(
+            f"cost: the work of the model cannot be counted: {problem}; or set cost, {{per_token: 1.0}}"
+        ) from problem
+    smallest = min(buckets.shapes, key=lambda s: (s.num_frames == 1, s.num_frames * s.height * s.width))
+    encode = measure_autoencoder(build_on_meta(autoencoder, where="autoencoder"), smallest, smallest)
+    text_flops = sum(
+        2 * sum(p.numel() for p in encoder.parameters()) * getattr(encoder, "max_length", DEFAULT_TEXT)
+        for encoder in encoders.values()
+    )
+    return cost_model(work, encode_flops_per_pixel=encode.flops_per_pixel, text_flops=text_flops)
 
 
 def grid_of(model: Denoiser, autoencoder: Autoencoder) -> Grid:
@@ -364,7 +120,7 @@ LAYOUTS: dict[str, tuple[float, float, float, str]] = {
 
 
 def static_memory(
-    use: ModelUse,
+    model: nn.Module,
     *,
     layout: str,
     shards: int,
@@ -387,8 +143,8 @@ def static_memory(
     if layout not in LAYOUTS:
         raise ValueError(f"no memory model of booster layout {layout!r}; there is one of {sorted(LAYOUTS)}")
     weights, gradients, optimizer, cut = LAYOUTS[layout]
-    trainable = use.num_trainable / tp_size
-    frozen = (use.num_parameters - use.num_trainable) / tp_size
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / tp_size
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) / tp_size
 
     def share(name: str) -> float:
         return 1 / shards if name in cut.split() else 1.0
@@ -400,3 +156,130 @@ def static_memory(
         ema=4 * trainable / shards if ema else 0.0,
         buffers=4.0 * min(bucket_elements, trainable) if layout not in ("ddp",) else 0.0,
     )
+
+
+class BucketUse(NamedTuple):
+    """What one micro-batch of a bucket takes on a rank.
+
+    Args:
+        tokens: latent tokens of a sample. tflop: of the rank. gib: everything it has to hold, see `predict`.
+    """
+
+    bucket: int
+    shape: BucketShape
+    batch_size: int
+    tokens: int
+    tflop: float
+    gib: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank, and how a sample is cut over several.
+
+    Args:
+        mfu: share of the GPU's dense bfloat16 peak that the operations reach, recomputed ones counted.
+        held: bytes that do not depend on the micro-batch: `Static.total` and frozen models.
+        split: ranks that share a sample (sequence and tensor parallelism).
+    """
+
+    gpu: Gpu
+    mfu: float
+    held: float
+    split: int = 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Curves of a config, to be read at any bucket and batch size.
+
+    Args:
+        cost: in TFLOP. encode_batch: samples that the autoencoder codes at once, None for all.
+    """
+
+    grid: Grid
+    cost: CostModel
+    memory: ModelMemory
+    encode: EncodeUse
+    encode_batch: int | None
+    rank: Rank
+
+    def of(self, bucket: int, shape: BucketShape, batch_size: int) -> BucketUse:
+        """One micro-batch."""
+        tokens = self.grid.tokens(shape)
+        tflop = float(self.cost.of([shape], [batch_size], self.grid)[0]) / self.rank.split
+        pixels = shape.num_frames * shape.height * shape.width
+        coded = min(batch_size, self.encode_batch or batch_size)
+        encode = coded * max(0.0, self.encode.fixed_bytes + self.encode.bytes_per_pixel * pixels)
+        train = batch_size * self.memory.peak.at(tokens) / self.rank.split  # text tokens are cut along
+        gib = (self.rank.held + max(encode, train)) / 2**30
+        return BucketUse(bucket, shape, batch_size, tokens, tflop, gib, tflop / (self.rank.gpu.tflops * self.rank.mfu))
+
+    def of_rungs(self, buckets: Buckets) -> list[BucketUse]:
+        """For every resolution and number of frames, the aspect ratio with the most tokens."""
+        heaviest: dict[str, BucketUse] = {}
+        for bucket, shape in enumerate(buckets.shapes):
+            use = self.of(bucket, shape, int(buckets.batch_sizes[bucket]))
+            name = buckets.name(bucket)
+            if name not in heaviest or use.tokens > heaviest[name].tokens:
+                heaviest[name] = use
+        return list(heaviest.values())
+
+    def fill(self, buckets: Buckets, *, limit_gib: float) -> list[BucketUse]:
+        """Batch sizes for equal time: the slowest bucket that is full at the limit sets the time, others fit into it.
+
+        Raises:
+            ValueError: a bucket does not fit with one sample.
+        """
+        full = []
+        for use in self.of_rungs(buckets):
+            if self.of(use.bucket, use.shape, 1).gib > limit_gib:
+                raise ValueError(
+                    f"bucket {buckets.name(use.bucket)} needs {self.of(use.bucket, use.shape, 1).gib:.1f} GiB for one "
+                    f"sample, the limit is {limit_gib:.1f}; checkpoint more blocks, or cut the sample over more ranks"
+                )
+            full.append(self._largest(use, lambda made: made.gib <= limit_gib))
+        seconds = max(min(use.seconds for use in full), max(self.of(u.bucket, u.shape, 1).seconds for u in full))
+        return [
+            self._largest(use, lambda made: made.gib <= limit_gib and made.seconds <= 1.0001 * seconds) for use in full
+        ]
+
+    def _largest(self, use: BucketUse, fits: Callable[[BucketUse], bool]) -> BucketUse:
+        low, high = 1, MAX_COUNT
+        while low < high:  # what fits with one sample more fits with fewer
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(self.of(use.bucket, use.shape, middle)) else (low, middle - 1)
+        return self.of(use.bucket, use.shape, low)
+
+
+def uniform_plan(buckets: Buckets, num_micro_batches: int, *, seed: int = 0) -> EpochPlan:
+    """A plan in random order, for configs without a table: every number of frames has equally many clips, all 16:9.
+
+    It has no rows; `utilisation` and costs are all that can be asked of it.
+    """
+    wide = np.array([ratio == "16:9" for ratio in buckets.ratios])
+    if not wide.any():
+        wide = np.ones(len(buckets), bool)
+    share = np.cumsum(np.where(wide, 1 / buckets.batch_sizes, 0.0))
+    draw = uniform(seed, "uniform_plan", 0, np.arange(num_micro_batches))
+    ids = np.searchsorted(share / share[-1], draw, side="right").astype(np.int32)
+    return EpochPlan(0, buckets, np.arange(0), np.zeros(len(buckets) + 1, int), np.arange(len(ids)), ids, "uniform")
+
+
+def layout_of(booster: Mapping[str, Any]) -> str:
+    """The key of `LAYOUTS` for the booster section of a config.
+
+    Raises:
+        ValueError: none is known for it.
+    """
+    kind, config = booster["type"], booster.get("plugin_config") or {}
+    plugin = booster.get("plugin", "zero2")
+    found = {"ddp": "ddp", "fsdp2": "fsdp2", "deepspeed": f"zero{booster.get('stage', 2)}", "colossalai": plugin}.get(
+        kind
+    )
+    if plugin == "hybrid" and kind == "colossalai":
+        found = f"zero{config.get('zero_stage', 2)}"
+    if found not in LAYOUTS:
+        raise ValueError(f"booster={dict(booster)!r}: its memory is not known; give one of --layout {sorted(LAYOUTS)}")
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
@@ -61,6 +61,7 @@ class Run:
     Args:
         plan_of: epoch -> its plan.
         on_batch: hears of every batch before it is used.
+        weights_of: first batch of a step -> what the loss of each of this rank's micro-batches is multiplied with.
         lock: an open file that keeps other runs out of the folder; closed at the end.
     """
 
@@ -75,6 +76,7 @@ class Run:
     ema: EMA | None
     state: TrainState
     on_batch: Callable[[Batch], None]
+    weights_of: Callable[[Batch], Sequence[float]]
     lock: TextIO | None = None
 
 
@@ -93,12 +95,14 @@ def train(run: Run) -> bool:
                 group["lr"] = group["base_lr"] * schedule.lr_factor(state.step)
 
             seen: list[tuple[Batch, Tensor]] = []
+            weights = None
             for micro in range(schedule.accumulation_steps):
                 batch = meter.next_batch(run.batches)
                 run.on_batch(batch)
+                weights = run.weights_of(batch) if weights is None else weights
                 with booster.micro_batch(last=micro == schedule.accumulation_steps - 1):
                     loss = run.step_fn(batch)
-                    booster.backward(loss / schedule.accumulation_steps)
+                    booster.backward(loss * weights[micro] / schedule.accumulation_steps)
                 seen.append((batch, loss.detach()))
             grad_norm = booster.step()
             if not math.isfinite(grad_norm):  # before anything is averaged, written or saved

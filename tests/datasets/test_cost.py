@@ -127,7 +127,7 @@ def _stream(world, accumulation, position, num_steps):
 
 
 def test_balanced_steps_are_the_same_on_any_world():
-    """1, 2, 4 and 8 ranks with the same K micro-batches per step: one hash of (step -> samples), over an epoch's end."""
+    """1, 2, 4 and 8 ranks with one K of micro-batches per step: one hash of (step -> samples), over an epoch's end."""
     num_steps = steps_in_epoch(len(PLANS[0]), 8) + 5
     hashes = {
         hashlib.blake2b(json.dumps(_stream(world, 8 // world, Position(0, 0), num_steps)).encode()).hexdigest()

@@ -13,6 +13,7 @@ import pytest
 
 from opensora_like.datasets import classes as classes_module
 from opensora_like.datasets import shard_writer, shards, shuffle
+from opensora_like.datasets.ahead import build_ahead
 from opensora_like.datasets.balance import Balance, balance_plan
 from opensora_like.datasets.bucket import assign, compile_buckets
 from opensora_like.datasets.classes import RowClasses, classify
@@ -107,6 +108,21 @@ def test_the_plan_of_shards_is_that_of_the_table(source, monkeypatch):
             _assert_same(mapped, plan)
             _assert_same(balance_plan(mapped, balance, seed=3), balance_plan(plan, balance, seed=3))
             _assert_same(pickle.loads(pickle.dumps(mapped)), plan)
+
+
+def test_the_next_epoch_is_built_ahead(source):
+    """A process of its own leaves the plan of the next epoch, balanced as well, where the trainer finds it."""
+    table = write_shards(source, num_shards=2)
+    balance = Balance(np.arange(len(BUCKETS)) % 13, window=64, group=8)
+    process = build_ahead(table, BUCKETS, **OPTIONS, epoch=1, balance=balance)
+    process.join()
+    assert process.exitcode == 0
+    (folder,) = table.index_folder.glob("plan-*-1")
+    made = {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
+    plan = balance_plan(build_plan(table, BUCKETS, **OPTIONS, epoch=1), balance, seed=3)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")} == made
+    whole = build_plan(read_table(source), BUCKETS, **OPTIONS, epoch=1)
+    _assert_same(plan, balance_plan(whole, balance, seed=3))
 
 
 def _assert_same(plan, other):
@@ -275,6 +291,8 @@ def test_one_process_builds_and_the_others_wait(tmp_path):
     assert log.read_text() == "built\n"
     with pytest.raises(ZeroDivisionError):
         make_folder_once(tmp_path / "other", lambda _: 1 / 0)
+    (tmp_path / ".third.host.1").mkdir()  # of a process that was killed
+    make_folder_once(tmp_path / "third", lambda _: None).rmdir()
     assert sorted(f.name for f in tmp_path.iterdir()) == [".lock", "index", "log"]
 
 

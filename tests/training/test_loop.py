@@ -161,7 +161,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path: Path, caplo
     with pytest.raises(OSError, match=r"master\.rank00000\.safetensors' has checksum"):
         build_toy(tmp_path, "--load", str(newest))
     file.write_bytes(data[:-1])
-    with pytest.raises(OSError, match="bytes, .* were written"):
+    with pytest.raises(OSError, match=r"bytes, .* were written"):
         build_toy(tmp_path, "--load", str(newest))
     again = train_toy(tmp_path, "--steps", str(STEPS), "--ckpt-every", "2", "--load", "latest")
     assert_same(again, run)
@@ -202,3 +202,21 @@ def test_killed_is_not_swallowed(tmp_path: Path) -> None:
 
     with pytest.raises(Killed):
         train(run)
+
+
+@pytest.mark.parametrize("mode", ["per_sample", "per_token"])
+def test_loss_weights_make_the_step_a_mean_over_samples_or_tokens(tmp_path: Path, mode: str) -> None:
+    """With two micro-batches of unequal size in a step, the weights are in proportion to size and of mean 1."""
+    run = build_toy(tmp_path, "--steps", "6", "--accumulation-steps", "2", "--loss-weight", mode)
+    seen: list[Batch] = []
+    inner = run.weights_of
+    weights: list[list[float]] = []
+    run.on_batch = seen.append
+    run.weights_of = lambda first: weights.append(inner(first)) or weights[-1]
+    from opensora_like.training.trainer import train
+
+    train(run)
+    for step, pair in enumerate(weights):
+        sizes = [len(b) * (b.shape.num_frames if mode == "per_token" else 1) for b in seen[2 * step : 2 * step + 2]]
+        assert pair == pytest.approx([2 * size / sum(sizes) for size in sizes])
+    assert any(pair[0] != pair[1] for pair in weights)

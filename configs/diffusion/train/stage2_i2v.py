@@ -1,0 +1,30 @@
+"""Open-Sora v2 stage 2 with given frames: text and images to video at 256px and 768px, a sample over 4 ranks.
+
+torchrun --nproc_per_node 8 scripts/diffusion/train.py configs/diffusion/train/stage2_i2v.py \
+    --dataset.data-path table.csv --model.from_pretrained ckpts/Open_Sora_v2.safetensors
+Hardware: 8 GPUs of 140 GB. The published batch sizes count on activations kept in host memory, 50 GiB of it per rank;
+this program keeps them on the GPU. Memory: @STAGE2_I2V@
+"""
+
+_base_ = [
+    "../../_base_/opensora_v2_model.py",
+    "../../_base_/opensora_v2_train.py",
+    "../../_base_/buckets_stage2_i2v.py",
+    "../../_base_/i2v_tasks.py",
+]
+
+model = dict(grad_ckpt_settings=(100, 100), cond_embed=True)
+booster = dict(
+    plugin="hybrid",
+    plugin_config=dict(
+        tp_size=1,
+        pp_size=1,
+        sp_size=4,
+        sequence_parallelism_mode="ring_attn",
+        enable_sequence_parallelism=True,
+        static_graph=True,
+        zero_stage=2,
+    ),
+)
+optim = dict(lr=5e-5)
+ckpt_every = 200
