@@ -75,6 +75,11 @@ class RunConfig:
     steps: int | None = setting(None, doc="optimizer updates in all; None trains `epochs`")
     epochs: int = setting(1000, doc="passes over the table, where `steps` is None")
     accumulation_steps: int = setting(1, doc="micro-batches per rank and update")
+    grad_ckpt_buffer_size: int = setting(
+        0,
+        doc="bytes of pinned host memory per rank that hold, between forward and backward, what the backward needs "
+        "(the blocks' inputs, with grad_ckpt_settings); what does not fit stays on the device. 0 is off",
+    )
     grad_clip: float = setting(1.0, doc="largest global L2 norm of the gradients; 0 does not clip")
     warmup_steps: int = setting(0, doc="updates over which lr rises linearly from 0")
     lr_schedule: Literal["constant", "cosine"] = setting("constant", doc="after the warm-up; cosine falls to 0")
@@ -103,12 +108,25 @@ class RunConfig:
     load_weights_only: bool = setting(
         False, doc="with `load`: take its weights (not the EMA) and begin at step 0 with a fresh optimizer and EMA"
     )
+    load_sharded: bool | None = setting(
+        None,
+        doc="with `model.from_pretrained`: True lets each rank read its own part of safetensors or of a checkpoint, so "
+        "that no rank has the whole model in host memory; None does so where several ranks share the weights",
+    )
     load_strict: bool = setting(
         True, doc="with `load_weights_only`: False takes the tensors that fit and logs every one that does not"
     )
     start_epoch: int | None = setting(None, doc="with `load`: keep weights and optimizer, restart the data here")
     start_step: int | None = setting(None, doc="with `load`: update within `start_epoch` at which the data restart")
     timeout_minutes: float = setting(30.0, doc="after which a collective operation that hangs is an error")
+    lora_config: dict | None = setting(
+        None,
+        doc="arguments of peft.LoraConfig (r, lora_alpha, target_modules, lora_dropout...): the model is frozen, "
+        "adapters are trained and saved. None trains the model",
+    )
+    lora_checkpoint: str | None = setting(
+        None, doc="with `lora_config`: adapters to begin from, a LoRA run's checkpoint or a folder of peft"
+    )
     custom_imports: list[str] = setting([], doc="modules to import first, so that their classes register themselves")
 
 
@@ -122,6 +140,9 @@ class InferenceConfig:
     scheduler: dict = setting({"type": "flow_matching"}, doc="`type` in SCHEDULERS and its arguments, as in training")
     ckpt_path: str | None = setting(None, doc="weights: a training checkpoint (EMA preferred) or safetensors file")
     use_ema: bool = setting(True, doc="take the EMA of a training checkpoint where it has one")
+    lora_checkpoint: str | None = setting(
+        None, doc="adapters to add to the weights: a LoRA run's checkpoint or a folder of peft"
+    )
     prompt: str | None = setting(None, doc="one prompt; or give `prompts`")
     prompts: str | None = setting(None, doc="csv with a column `text`, optionally `name`, `neg`, `ref`")
     negative_prompt: str = setting("", doc="text of the unconditional branch")
@@ -147,6 +168,10 @@ class InferenceConfig:
     batch_size: int = setting(1, doc="samples made at once")
     seed: int = setting(42, doc="of the noise; sample k of a prompt differs by k")
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", doc="dtype of the weights")
+    offload: bool = setting(
+        False,
+        doc="keep denoiser, autoencoder and encoders in host memory, each on the device only while it is used",
+    )
     save_dir: str = setting("samples", doc="folder of the results")
     custom_imports: list[str] = setting([], doc="modules to import first, so that their classes register themselves")
 

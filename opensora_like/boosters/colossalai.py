@@ -1,117 +1,88 @@
-"""ColossalAI's ZeRO: optimizer and float32 masters sharded over ranks, bfloat16 working weights on each."""
+"""ColossalAI: ZeRO with float32 masters, tensor and sequence parallelism by its plugins."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from opensora_like.boosters import colossalai_cpu, layout
-from opensora_like.boosters.base import OptimizerFactory, ShardRange
+from opensora_like.boosters.base import OptimizerFactory, ShardRange, ShardStrips
+from opensora_like.boosters.colossalai_hybrid import HybridPlugin
 from opensora_like.boosters.colossalai_import import import_colossalai
+from opensora_like.boosters.colossalai_layout import part_of
+from opensora_like.boosters.colossalai_options import (
+    DTYPES,
+    ZeroOptions,
+    check_dtype,
+    check_world,
+    read_hybrid_options,
+    read_options,
+    read_sequence_options,
+)
+from opensora_like.boosters.colossalai_policy import check_heads, find_cuts
+from opensora_like.boosters.colossalai_zero import ZeroPlugin
+from opensora_like.boosters.plan import plan_of
+from opensora_like.boosters.strips import gather_strips
+from opensora_like.boosters.tensor_parallel import per_head_names
 from opensora_like.boosters.update import OptimizerState, check_numbers, sum_of_squares
-from opensora_like.registry import BOOSTERS, fit, nearest
+from opensora_like.registry import BOOSTERS, nearest
 
-WHERE = "booster.plugin_config"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class ZeroOptions:
-    """``plugin_config`` of zero1 and zero2; the names are ColossalAI's.
-
-    Args:
-        reduce_bucket_size_in_m: gradients are reduced in buckets of this many million (2**20) elements.
-        overlap_allgather: let the weights arrive during the next forward, in the order in which it needs them.
-        overlap_communication: reduce gradients during the backward. None: where the device can.
-        cpu_offload: keep masters and optimizer state in host memory, and update there.
-        communication_dtype: of gradients on the wire. None: the dtype of the weights.
-        master_weights: only True: checkpoints and the EMA need float32 masters.
-        initial_scale: only None: a loss is scaled in float16 alone.
-    """
-
-    reduce_bucket_size_in_m: int = 20
-    overlap_allgather: bool = False
-    overlap_communication: bool | None = None
-    cpu_offload: bool = False
-    communication_dtype: Literal["bf16", "fp32"] | None = None
-    master_weights: bool = True
-    initial_scale: float | None = None
+WHERE = "booster.type='colossalai'"
 
 
-def read_options(config: Mapping[str, Any], *, plugin: str, device: torch.device) -> ZeroOptions:
-    """The options of a ZeRO plugin, checked.
+class PluginKind(NamedTuple):
+    """How a plugin's options are read, and how it is made of them."""
 
-    Raises:
-        ValueError: an unknown key, a value of another type, or one that this device or booster cannot honour.
-    """
-    known, hints = [f.name for f in dataclasses.fields(ZeroOptions)], typing.get_type_hints(ZeroOptions)
-    for key in config:
-        if key not in known:
-            raise ValueError(f"{WHERE}.{key}: plugin {plugin!r} has no such option; {nearest(str(key), known)}")
-    options = ZeroOptions(**{k: fit(v, hints[k], f"{WHERE}.{k}") for k, v in config.items()})
-    if options.reduce_bucket_size_in_m < 1:
-        raise ValueError(f"{WHERE}.reduce_bucket_size_in_m={options.reduce_bucket_size_in_m} must be 1 or more")
-    if not options.master_weights:
-        raise ValueError(f"{WHERE}.master_weights=False: checkpoints and EMA need float32 masters; remove it")
-    if options.initial_scale is not None:
-        raise ValueError(f"{WHERE}.initial_scale={options.initial_scale}: only float16 scales its loss; remove it")
-    if device.type == "cpu" and options.overlap_communication:
-        raise ValueError(f"{WHERE}.overlap_communication=True needs a GPU (a CPU has no streams); remove it")
-    if options.overlap_communication is None:
-        return dataclasses.replace(options, overlap_communication=device.type != "cpu")
-    return options
+    read: Callable[..., ZeroOptions]
+    make: Callable[..., ZeroPlugin | HybridPlugin]
 
 
-def _zero_plugin(stage: int, options: ZeroOptions, *, dtype: str, grad_clip: float) -> Any:
-    from colossalai.booster.plugin import LowLevelZeroPlugin
-
-    return LowLevelZeroPlugin(
-        stage=stage,
-        precision=dtype,
-        max_norm=grad_clip,
-        reduce_bucket_size_in_m=options.reduce_bucket_size_in_m,
-        communication_dtype=DTYPES.get(options.communication_dtype),
-        overlap_communication=options.overlap_communication,
-        overlap_allgather=options.overlap_allgather,
-        cpu_offload=options.cpu_offload,
-        master_weights=True,
-        cast_inputs=False,  # the model casts at its door; t stays float32
-    )
+def _zero(stage: int) -> Callable[..., ZeroPlugin]:
+    return lambda options, *, dtype, grad_clip: ZeroPlugin(stage, options, dtype=dtype, grad_clip=grad_clip)
 
 
-# name -> (reads its plugin_config, makes the plugin)
-PLUGINS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "zero1": (read_options, lambda *args, **given: _zero_plugin(1, *args, **given)),
-    "zero2": (read_options, lambda *args, **given: _zero_plugin(2, *args, **given)),
+PLUGINS: dict[str, PluginKind] = {
+    "zero1": PluginKind(read_options, _zero(1)),
+    "zero2": PluginKind(read_options, _zero(2)),
+    "zero1-seq": PluginKind(read_sequence_options, _zero(1)),
+    "zero2-seq": PluginKind(read_sequence_options, _zero(2)),
+    "hybrid": PluginKind(read_hybrid_options, HybridPlugin),
 }
 
 
 @BOOSTERS.register_module("colossalai")
 class ColossalAIBooster:
-    """ZeRO stage 1 or 2 over all ranks.
+    """ZeRO stage 1 or 2 over all ranks, with sequence parallelism if asked for; or the hybrid plugin.
 
-    Gradients are reduced after every micro-batch and accumulated as shards, in the dtype of the weights: in
-    stage 2 because whole gradients are not kept, in stage 1 so that both round alike.
+    ZeRO reduces gradients after every micro-batch and accumulates them as shards, in the dtype of the weights: in
+    stage 2 because whole gradients are not kept, in stage 1 so that both round alike. Stage 0 of hybrid accumulates
+    whole gradients, and reduces with the last micro-batch.
 
     A trainable parameter takes part in the loss of all ranks or of none: ranks fill the same buckets.
 
+    Which parts are ColossalAI's: of zero1, zero2 and their -seq forms, LowLevelZeroPlugin and its optimizer; of
+    hybrid, HybridParallelPlugin with its groups, shardformer and the linears that it cuts, its DDP, and
+    HybridParallelZeroOptimizer or what it has at stage 0. Sequence parallelism is ours in all of them
+    (`sequence_parallel`), so that gradients are exact for any length of text and image, and so are the policy, the
+    norm by which is clipped, and all that checkpoints read.
+
     Args:
-        plugin: "zero1" shards the optimizer, "zero2" the gradients as well.
-        plugin_config: see `ZeroOptions`.
-        dtype: of the working weights, "bf16" or "fp32"; masters and optimizer are float32.
+        plugin: "zero1" shards the optimizer, "zero2" the gradients as well; "zero1-seq" and "zero2-seq" cut the
+            tokens of a sample, too; "hybrid" cuts linears and tokens, and has a `zero_stage`.
+        plugin_config: see `ZeroOptions`, `SequenceOptions` and `HybridOptions`.
+        dtype: of the working weights, "bf16" or "fp32"; masters and optimizer are float32. Hybrid with ZeRO takes
+            "bf16" only.
         grad_clip: largest global L2 norm of the gradients; 0 does not clip.
 
     Raises:
-        ValueError: a plugin, an option or a dtype that is not available, or ColossalAI is not installed.
+        ValueError: a plugin, an option or a dtype that is not available, sizes that the number of processes does not
+            fill, or ColossalAI is not installed.
         RuntimeError: torch.distributed is not initialised.
     """
 
@@ -124,83 +95,87 @@ class ColossalAIBooster:
         grad_clip: float = 0.0,
         device: torch.device,
     ) -> None:
-        if plugin not in PLUGINS:
-            raise ValueError(f"booster.plugin={plugin!r} is not available; use one of {sorted(PLUGINS)}")
-        check_numbers(dtype=dtype, grad_clip=grad_clip, dtypes=tuple(DTYPES))
         self._device = torch.device(device)
-        read, make = PLUGINS[plugin]
-        options = read(plugin_config or {}, plugin=plugin, device=self._device)
+        _check_plugin(plugin, self._device)
+        check_numbers(dtype=dtype, grad_clip=grad_clip, dtypes=tuple(DTYPES))
+        self._options = PLUGINS[plugin].read(plugin_config or {}, plugin=plugin, device=self._device)
+        if plugin == "hybrid":
+            check_dtype(self._options, dtype)
         if not dist.is_initialized():
-            raise RuntimeError(
-                "booster.type='colossalai' needs a process group; call opensora_like.runtime.start() first"
-            )
+            raise RuntimeError(f"{WHERE} needs a process group; call opensora_like.runtime.start() first")
+        check_world(self._options, dist.get_world_size())
         import_colossalai()
         if self._device.type == "cpu":
             colossalai_cpu.install()
         self._dtype = DTYPES[dtype]
-        self._plugin = make(options, dtype=dtype, grad_clip=grad_clip)
-        self.dp_rank, self.dp_size = layout.ranks()
+        self._plugin = PLUGINS[plugin].make(self._options, dtype=dtype, grad_clip=grad_clip)
+        self._groups = self._plugin.groups
+        self.dp_rank, self.dp_size = self._groups.dp_rank, self._groups.dp_size
 
     def prepare(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
-        """Cast, move and shard `model`, equal on all ranks; see `Booster`. Float buffers stay float32."""
-        from colossalai.booster import Booster
+        """Cut, cast, move and shard `model`, equal on all ranks; see `Booster`. Float buffers stay float32.
 
-        where = "booster.type='colossalai'"
-        layout.check_trainable(model, where=where)
+        Raises:
+            ValueError: heads or widths that the sizes do not divide, or a model that cannot be cut.
+        """
+        layout.check_trainable(model, where=WHERE)
+        self._check_model(model)
+        cuts = find_cuts(model, self._groups.tensor)
         on_meta = any(p.is_meta for p in model.parameters())
         layout.materialize(model, self._device, self._dtype)
-        parameters = layout.check_trainable(model, where=where)
-        layout.make_contiguous(parameters.values())
-        self._ranges = {name: layout.even_range(p.shape, self.dp_rank, self.dp_size) for name, p in parameters.items()}
-        exact = {} if on_meta else {name: self._cut(name, p) for name, p in parameters.items()}
+        parameters = layout.check_trainable(model, where=WHERE)
+        layout.make_contiguous(model.parameters())
+        self._parts = {name: part_of(p.shape, cuts.get(name), self._groups) for name, p in parameters.items()}
+        self._ranges = {name: part.place for name, part in self._parts.items()}
+        exact = {} if on_meta else {name: self._exact(name, p) for name, p in parameters.items()}
         buffers = [(m, n, b) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
 
         optimizer = make_optimizer(list(parameters.values()))
-        wrapped, self._zero, *_ = Booster(plugin=self._plugin).boost(model, optimizer)
+        wrapped, self._optimizer, self._update = self._plugin.boost(
+            model, optimizer, working=parameters, parts=self._parts, cuts=cuts
+        )
         for module, name, buffer in buffers:  # the cast took them along; a position table in bfloat16 is useless
             module._buffers[name] = buffer.to(self._device)
-        self._working = parameters
-        self._masters = {name: self._zero.working_to_master_param[id(p)] for name, p in parameters.items()}
-        self._state = OptimizerState(self._zero.optim, self._masters, self._without_padding)
-        for name, weights in exact.items():  # ColossalAI makes masters of weights that it has already rounded
-            self._without_padding(name, self._masters[name]).copy_(weights)
+        self._state = OptimizerState(self._optimizer.optim, self._update.masters, self._own)
+        self._per_head = (
+            [n for n in per_head_names(model, plan_of(model, where=WHERE)) if n in parameters] if cuts else []
+        )
+        with torch.no_grad():
+            for name, weights in exact.items():  # ColossalAI makes masters of weights that it has already rounded
+                self._update.masters[name].view(-1)[: len(weights)] = weights
         return wrapped
 
     @property
     def param_groups(self) -> list[dict]:
         """The optimizer's groups."""
-        return self._zero.param_groups
+        return self._optimizer.param_groups
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Nothing: each backward reduces."""
-        return nullcontext()
+        """With ZeRO each backward reduces; at stage 0 of hybrid only the last does."""
+        return self._update.micro_batch(last=last)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate this rank's shards of the averaged gradients."""
-        self._zero.backward(loss)
+        """Accumulate the averaged gradients, with ZeRO this rank's shards of them."""
+        self._optimizer.backward(loss)
 
     def step(self) -> float:
-        """Clip, update the shards, spread the weights. Returns: the norm before clipping."""
-        groups = range(self._zero.num_param_groups)
-        gradients = [g for i in groups for g in self._zero.get_working_grads_by_group_id(i)]
-        squares = sum_of_squares(gradients, self._device)
-        dist.all_reduce(squares)
-        norm = squares.sqrt().item()
+        """Clip, update, spread the weights. Returns: the norm before clipping."""
+        gradients = dict(self._update.gradients())
+        self._sum_per_head(gradients)
+        norm = self._total_norm(gradients).item()
         if math.isfinite(norm):  # ColossalAI would clip by it all the same and turn every weight into nan
-            norms = iter([norm])
-            self._zero._compute_grad_norm = lambda **_: next(norms, 0.0)  # known by now, and of all groups
-            self._zero.step()
-        self._zero.zero_grad()
+            self._update.step(norm)
+        self._optimizer.zero_grad()
         return norm
 
-    def ranges(self) -> dict[str, ShardRange]:
-        """ZeRO's even part of each parameter, without its padding."""
+    def ranges(self) -> dict[str, ShardRange | ShardStrips]:
+        """ZeRO's even part of each (cut) parameter, without its padding; of what several ranks have, an even part."""
         return dict(self._ranges)
 
     def master_shards(self) -> Iterator[tuple[str, Tensor]]:
         """Views of this rank's float32 masters."""
-        for name, master in self._masters.items():
-            yield name, self._without_padding(name, master)
+        for name, master in self._update.masters.items():
+            yield name, self._own(name, master)
 
     def optimizer_shards(self) -> dict[str, dict[str, Tensor]]:
         """Views of this rank's optimizer state."""
@@ -208,23 +183,68 @@ class ColossalAIBooster:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the masters and give every rank all of them."""
-        self._zero._force_wait_all_gather()  # or one that is under way could overwrite what comes now
-        for name, parameter in self._working.items():
-            _, start, stop = self._ranges[name]
-            parameter.data.view(-1)[start:stop] = self._without_padding(name, self._masters[name]).to(parameter)
-            layout.fill_from_parts(parameter.data, start, stop)
+        """Give each rank what it has and does not own, then cast the masters and give every rank all of them."""
+        if self._groups.tensor is not None:
+            for name, tensor in [*self._update.masters.items(), *self._state.whole()]:
+                part = self._parts[name]
+                if part.cut is None:
+                    first, last = part.first - part.start, part.last - part.start
+                    layout.fill_from_parts(self._update.shard(name, tensor), first, last, group=self._groups.tensor)
+        self._update.spread(self._state)
         self._state.read_counters()
 
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole CPU tensors on rank 0; see `Booster`."""
-        return layout.gather_whole(shards, self._ranges)
+        if self._groups.tensor is None:
+            return layout.gather_whole(shards, self._ranges)
+        return gather_strips(shards, self._ranges, self._device)
 
-    def _cut(self, name: str, parameter: Tensor) -> Tensor:
-        """A float32 copy of this rank's part of a whole parameter."""
-        _, start, stop = self._ranges[name]
-        return parameter.detach().reshape(-1)[start:stop].to(torch.float32, copy=True)
+    def _check_model(self, model: nn.Module) -> None:
+        sizes = {key: getattr(self._options, key, 1) for key in ("tp_size", "sp_size")}
+        check_heads(model, **sizes, mode=getattr(self._options, "sequence_parallelism_mode", ""))
 
-    def _without_padding(self, name: str, padded: Tensor) -> Tensor:
-        _, start, stop = self._ranges[name]
-        return padded[: stop - start]
+    def _sum_per_head(self, gradients: Mapping[str, Tensor]) -> None:
+        """Over the ranks whose heads they come from."""
+        shared = [gradients[name] for name in self._per_head if name in gradients]
+        if shared:
+            flat = torch.cat([g.reshape(-1) for g in shared]).to(self._device)
+            dist.all_reduce(flat, group=self._groups.tensor)
+            for gradient, part in zip(shared, flat.split([g.numel() for g in shared]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def _total_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Of all gradients, each counted once. Returns: float64 scalar."""
+        cut = [g for name, g in gradients.items() if self._parts[name].cut is not None]
+        whole = [g for name, g in gradients.items() if self._parts[name].cut is None]
+        squares = sum_of_squares(cut, self._device)
+        squares += sum_of_squares(whole, self._device) / self._groups.tensor_size
+        for group, counts in ((self._groups.shard, self._update.shares_gradients), (self._groups.tensor, True)):
+            if counts and group is not None:
+                dist.all_reduce(squares, group=group)
+        return squares.sqrt()
+
+    def _exact(self, name: str, whole: Tensor) -> Tensor:
+        """A float32 copy of what this rank's master of a parameter begins with, flat."""
+        part = self._parts[name]
+        here = part.take(whole.detach())
+        if not self._plugin.keeps_whole_masters:
+            here = here[part.start : part.stop]
+        return here.to(torch.float32, copy=True)
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """The flat part of a tensor laid out as a master that this rank owns, a view."""
+        part = self._parts[name]
+        return self._update.shard(name, tensor)[part.first - part.start : part.last - part.start]
+
+
+def _check_plugin(plugin: str, device: torch.device) -> None:
+    if plugin == "gemini":
+        why = "it runs on CUDA only" if device.type != "cuda" else "this booster cannot read its chunks"
+        raise ValueError(
+            f"booster.plugin='gemini' is not available: {why}; for sharded weights use booster.type='fsdp2', for a"
+            " sharded optimizer booster.plugin='zero2'"
+        )
+    if plugin not in PLUGINS:
+        raise ValueError(
+            f"booster.plugin={plugin!r} is not available; use one of {sorted(PLUGINS)}; {nearest(plugin, PLUGINS)}"
+        )

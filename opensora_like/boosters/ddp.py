@@ -72,7 +72,7 @@ class DDPBooster:
             self._replicas = DistributedDataParallel(
                 model,
                 device_ids=[self._device.index] if self._device.type == "cuda" else None,
-                **_buffers_are_constant(),
+                **buffers_are_constant(),
                 find_unused_parameters=self._find_unused,
                 gradient_as_bucket_view=True,
             )
@@ -135,7 +135,7 @@ class DDPBooster:
         return whole.view(-1)[start:stop]
 
 
-def _buffers_are_constant() -> dict[str, bool]:
+def buffers_are_constant() -> dict[str, bool]:
     """DDP must not write buffers before each forward: two forwards before one backward would fail. Renamed in 2.13."""
     known = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}

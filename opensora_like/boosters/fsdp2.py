@@ -135,6 +135,11 @@ class FSDP2Booster:
         return model
 
     @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share linears and read the same samples; None without tensor parallelism."""
+        return self._grid.tensor
+
+    @property
     def param_groups(self) -> list[dict]:
         """The optimizer's groups."""
         return self._optimizer.param_groups

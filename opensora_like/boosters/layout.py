@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from opensora_like.boosters.base import ShardRange
 
 
-def ranks() -> tuple[int, int]:
-    """(rank, world size); (0, 1) where there is no process group."""
+def ranks(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """(rank, size) in `group`, None being all ranks; (0, 1) where there is no process group."""
     if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
+        return dist.get_rank(group), dist.get_world_size(group)
     return 0, 1
 
 
@@ -74,9 +74,13 @@ def make_contiguous(parameters: Iterable[nn.Parameter]) -> None:
         parameter.data = parameter.data.contiguous()
 
 
-def fill_from_parts(whole: Tensor, start: int, stop: int) -> None:
-    """Make `whole`, contiguous, equal on all ranks, each of which holds the truth in [start, stop) of it, flattened."""
-    world_size = ranks()[1]
+def fill_from_parts(whole: Tensor, start: int, stop: int, *, group: dist.ProcessGroup | None = None) -> None:
+    """Make `whole`, contiguous, equal on all ranks, each of which holds the truth in [start, stop) of it, flattened.
+
+    Args:
+        group: the ranks; None is all. Their parts are those of `even_range`.
+    """
+    world_size = ranks(group)[1]
     if world_size == 1:
         return
     flat = whole.view(-1)
@@ -84,7 +88,7 @@ def fill_from_parts(whole: Tensor, start: int, stop: int) -> None:
     own = flat.new_zeros(length)
     own[: stop - start] = flat[start:stop]
     parts = flat.new_empty(world_size, length)
-    dist.all_gather(list(parts), own)
+    dist.all_gather(list(parts), own, group=group)
     flat.copy_(parts.view(-1)[: flat.numel()])
 
 

@@ -1,4 +1,4 @@
-"""Writes weights for other programs: one safetensors file, or shards with an index, as diffusers and transformers read."""
+"""Writes weights for other programs: one safetensors file, or shards with an index, as diffusers reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(f"size {text!r} is not of the form 80GB, 500MiB or 1000")
     return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+class Weights(Protocol):
+    """What can be exported: tensors by name, read one at a time, whose sizes are known before."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def num_elements(self, name: str) -> int: ...
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
@@ -65,11 +76,11 @@ def checkpoint_weights(folder: Path, *, use_ema: bool) -> CheckpointWeights:
 
 
 def export_weights(
-    weights: CheckpointWeights,
+    weights: Weights,
     out: Path,
     *,
     max_shard_size: int,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = torch.bfloat16,
     base_name: str = "diffusion_pytorch_model",
     on_file: Callable[[Path], None] = lambda path: None,
 ) -> list[Path]:
@@ -77,6 +88,7 @@ def export_weights(
 
     Args:
         max_shard_size: bytes; a tensor that is larger than this has a file of its own.
+        dtype: None keeps each tensor's own; its shards are cut as if they were float32.
         base_name: ``NAME.safetensors``, or ``NAME-00001-of-00003.safetensors`` and ``NAME.safetensors.index.json``.
 
     Returns: the files of tensors.
@@ -85,7 +97,7 @@ def export_weights(
         OSError: the disk is full or read-only.
     """
     out.mkdir(parents=True, exist_ok=True)
-    item = torch.empty(0, dtype=dtype).element_size()
+    item = torch.empty(0, dtype=dtype or torch.float32).element_size()
     shards: list[list[str]] = [[]]
     filled = 0
     for name in weights:
@@ -95,16 +107,17 @@ def export_weights(
             filled = 0
         shards[-1].append(name)
         filled += size
-    files, index = [], {}
+    files, index, total = [], {}, 0
     for number, names in enumerate(shards, 1):
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         path = out / f"{base_name}{suffix}.safetensors"
-        write_safetensors(path, [(n, weights[n].to(dtype).contiguous()) for n in names])
+        tensors = [(n, weights[n].to(dtype=dtype).contiguous()) for n in names]
+        write_safetensors(path, tensors)
+        total += sum(tensor.nbytes for _, tensor in tensors)
         index |= dict.fromkeys(names, path.name)
         files.append(path)
         on_file(path)
     if len(shards) > 1:
-        total = sum(weights.num_elements(n) for n in weights) * item
         table = {"metadata": {"total_size": total}, "weight_map": index}
         write_text(out / f"{base_name}.safetensors.index.json", json.dumps(table, indent=1))
     return files

@@ -6,12 +6,14 @@ import glob
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 NAME = re.compile(r"epoch(\d+)-global_step(\d+)")
 STATE_FILE = "state.json"
 STAGING = ".writing-"
 REPLACED = ".replaced-"
+LATEST = "latest"
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
@@ -39,6 +41,8 @@ def complete_checkpoints(run: Path) -> list[Path]:
 def find_checkpoint(load: str, run: Path) -> Path:
     """The checkpoint that ``load`` means: a folder, a pattern of folders (the newest), or ``latest`` of `run`.
 
+    The link ``latest`` in a run's folder is a folder like any other; the word alone looks at what is there.
+
     Raises:
         FileNotFoundError: there is none, or it is not complete.
     """
@@ -54,6 +58,8 @@ def find_checkpoint(load: str, run: Path) -> Path:
             raise FileNotFoundError(f"load={load!r} matches no complete checkpoint")
         return found[-1]
     folder = Path(load)
+    if folder.is_symlink():
+        folder = folder.resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"load={load!r} is not a folder{_available(folder.parent)}")
     if not (folder / STATE_FILE).is_file():
@@ -85,24 +91,45 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def publish(run: Path, name: str) -> Path:
+def publish(run: Path, name: str, *, hook: Callable[[str], None] = lambda stage: None) -> Path:
     """Rename the finished staging folder into place; a reader sees all of it or nothing.
 
     A checkpoint of the same name (an earlier attempt at the same step) is moved aside first and
     deleted last; `recover` puts it back if a kill comes between.
+
+    Args:
+        hook: told "aside" and "renamed" when these are done; for tests of crashes.
     """
     target, aside = run / name, run / f"{REPLACED}{name}"
     if target.exists():
         target.rename(aside)
+        hook("aside")
     staging_folder(run, name).rename(target)
+    hook("renamed")
     sync_folder(run)
     if aside.exists():
         shutil.rmtree(aside)
     return target
 
 
+def link_latest(run: Path, name: str) -> None:
+    """Let ``latest`` in the run's folder point to checkpoint `name`: for people and other programs.
+
+    Raises:
+        OSError: the file system has no symbolic links.
+    """
+    temporary = run / f"{STAGING}{LATEST}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(run / LATEST)
+
+
 def recover(run: Path) -> None:
-    """Undo what a kill left half done: unfinished staging goes, a replaced checkpoint without successor returns."""
+    """Undo what a kill left half done: unfinished staging goes, a replaced checkpoint without successor returns.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     if not run.is_dir():
         return
     for folder in run.iterdir():
@@ -113,16 +140,22 @@ def recover(run: Path) -> None:
             else:
                 folder.rename(target)
         elif folder.name.startswith(STAGING):
-            shutil.rmtree(folder)
+            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
 
 
-def remove_old(run: Path, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints; called only after a publish. -1 keeps all."""
+def remove_old(run: Path, keep: int, *, keep_every: int = 0) -> None:
+    """Delete all but the `keep` newest complete checkpoints; called only after a publish. -1 keeps all.
+
+    Args:
+        keep_every: updates whose multiples are kept for good, beside the newest; 0 keeps none for good.
+    """
     if keep == -1:
         return
     if keep < 1:
         raise ValueError(f"keep_n_latest={keep} would delete the checkpoint just written; use 1 or more, or -1 for all")
     for folder in complete_checkpoints(run)[:-keep]:
+        if keep_every and step_of(folder) % keep_every == 0:
+            continue
         hidden = run / f"{STAGING}removed-{folder.name}"  # renamed first: a kill while deleting leaves no half
         folder.rename(hidden)
         shutil.rmtree(hidden)

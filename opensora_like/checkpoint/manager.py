@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,18 @@ from torch import Tensor
 
 from opensora_like.boosters.base import Booster, ShardRange, ShardStrips
 from opensora_like.checkpoint import layout
-from opensora_like.checkpoint.files import WrittenFile, file_crc32, write_text
+from opensora_like.checkpoint.facts import (
+    CHECKSUMS_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    damage,
+    read_state,
+    versions,
+)
+from opensora_like.checkpoint.files import WrittenFile, find_nvme_writer, write_text
 from opensora_like.checkpoint.pieces import Piece, PieceReader, pieces_of, write_pieces
-from opensora_like.datasets.plan import what_changed
+from opensora_like.checkpoint.weights import LoadReport, compare_shapes
 from opensora_like.runtime import logger
-
-FORMAT_VERSION = 1
-CONFIG_FILE = "config.py"
-CHECKSUMS_FILE = "checksums.json"
 
 
 @dataclass
@@ -52,11 +53,13 @@ class CheckpointManager:
 
     With `async_io` a save waits only for the copy out of the device; a thread writes, syncs and publishes. One save
     is in flight at most; its copy takes as much host memory as this rank's part of the checkpoint, allocated once.
+    TensorNVMe does the writing where it is installed and there is a GPU.
 
     Args:
         run: the run's folder; checkpoints are ``epoch{E}-global_step{S}`` in it.
         config_text: the resolved config, kept beside the tensors.
         keep_n_latest: complete checkpoints kept; -1 keeps all.
+        keep_every: updates whose multiples are kept for good, beside these; 0 keeps none for good.
         order: what the order of the data depends on, `datasets.plan.order_key`.
         about: further facts for the state file (world size, booster...).
         on_save_error: "stop" raises at the next step, "continue" logs and trains on.
@@ -71,6 +74,7 @@ class CheckpointManager:
         ema: Mapping[str, Tensor] | None,
         config_text: str,
         keep_n_latest: int,
+        keep_every: int = 0,
         order: Mapping[str, Any],
         about: Mapping[str, Any],
         async_io: bool = False,
@@ -79,9 +83,14 @@ class CheckpointManager:
     ) -> None:
         self.run, self.booster, self.ema = run, booster, ema
         self._config_text, self._keep, self._about = config_text, keep_n_latest, dict(about)
-        self.order = dict(order)
+        self.order, self._keep_every = dict(order), keep_every
         if keep_n_latest == 0 or keep_n_latest < -1:
             raise ValueError(f"keep_n_latest={keep_n_latest} would keep no checkpoint; use 1 or more, or -1 for all")
+        if keep_every < 0:
+            raise ValueError(f"keep_every={keep_every} must be a number of updates, or 0")
+        run.mkdir(parents=True, exist_ok=True)
+        self._nvme_writer = find_nvme_writer() if async_io else None
+        self._intact: set[Path] = set()
         self._stop_on_error, self._hook = on_save_error == "stop", hook
         self._thread = ThreadPoolExecutor(1, "checkpoint") if async_io else None
         self._pending: Future[str] | None = None
@@ -142,16 +151,19 @@ class CheckpointManager:
 
     def _stage(self, pieces: list[Piece]) -> list[Piece]:
         """Copy the tensors into host buffers that are kept for the next save; pinned where there is a GPU."""
-        copied = []
+        copied, grown = [], 0
         for piece in pieces:
             key, tensor = (piece.kind, piece.name), piece.tensor.detach()
             buffer = self._staged.get(key)
             if buffer is None or buffer.shape != tensor.shape:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._staged[key] = buffer
+                grown += buffer.numel() * buffer.element_size()
             copied.append(piece._replace(tensor=buffer.copy_(tensor, non_blocking=True)))
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
+        if grown:
+            logger.info("async_io keeps %.1f MiB of host memory on this rank for the copy", grown / 2**20)
         return copied
 
     def _write(self, state: TrainState, name: str, pieces: list[Piece]) -> str:
@@ -161,8 +173,14 @@ class CheckpointManager:
         written: dict[str, WrittenFile] = {}
         problem = ""
         try:
-            staging.mkdir(parents=True, exist_ok=True)
-            written = write_pieces(staging, dist.get_rank(), pieces, on_file=lambda file: self._hook(f"file {file}"))
+            staging.mkdir(exist_ok=True)  # without parents: a lost mount must not be replaced by the disk below it
+            written = write_pieces(
+                staging,
+                dist.get_rank(),
+                pieces,
+                on_file=lambda file: self._hook(f"file {file}"),
+                nvme_writer=self._nvme_writer,
+            )
         except OSError as error:
             problem = f"rank {dist.get_rank()} could not save {name}: {error}"
         self._hook("written")
@@ -192,24 +210,36 @@ class CheckpointManager:
 
     def _publish(self, staging: Path, name: str, state: TrainState, files: Mapping[str, WrittenFile]) -> None:
         """Rank 0, when every rank's files are on disk."""
-        files = {**files, CONFIG_FILE: write_text(staging / CONFIG_FILE, self._config_text)}
-        sums = {file: facts._asdict() for file, facts in sorted(files.items())}
-        write_text(staging / CHECKSUMS_FILE, json.dumps(sums, indent=1))
-        self._hook("checksums")
         facts = {
             "format_version": FORMAT_VERSION,
             **dataclasses.asdict(state),
             "data_order": self.order,
             **self._about,
-            "versions": _versions(),
+            "versions": versions(),
         }
-        write_text(staging / layout.STATE_FILE, json.dumps(facts, indent=1))
-        layout.sync_folder(staging)
+        files = {
+            **files,
+            CONFIG_FILE: write_text(staging / CONFIG_FILE, self._config_text),
+            layout.STATE_FILE: write_text(staging / layout.STATE_FILE, json.dumps(facts, indent=1)),
+        }
         self._hook("state")
-        layout.publish(self.run, name)
+        sums = {file: facts._asdict() for file, facts in sorted(files.items())}
+        write_text(staging / CHECKSUMS_FILE, json.dumps(sums, indent=1))
+        layout.sync_folder(staging)
+        self._hook("checksums")
+        layout.publish(self.run, name, hook=self._hook)
         self._hook("published")
-        layout.remove_old(self.run, self._keep)
-        self._hook("removed")
+        self._tidy(name)
+
+    def _tidy(self, name: str) -> None:
+        """What comes after a checkpoint is complete. A failure here is reported and harms nothing."""
+        try:
+            layout.link_latest(self.run, name)
+            self._hook("linked")
+            layout.remove_old(self.run, self._keep, keep_every=self._keep_every)
+            self._hook("removed")
+        except OSError as problem:
+            logger.warning("%s is complete, but tidying up after it failed: %s", name, problem)
 
     def load(self, folder: Path) -> TrainState:
         """Read weights, optimizer and EMA of this rank's ranges, whatever number of ranks wrote them.
@@ -220,8 +250,8 @@ class CheckpointManager:
             OSError: files missing or cut short.
             ValueError: the checkpoint belongs to another model, optimizer or format.
         """
-        facts = read_state(folder)
         self.check_files(folder)
+        facts = read_state(folder)
         reader = PieceReader(folder)
         ranges = self.booster.ranges()
         self._check_names(reader, folder)
@@ -244,12 +274,12 @@ class CheckpointManager:
         Raises:
             OSError: on every rank, naming each file that is gone, cut short or changed.
         """
-        sums = json.loads((folder / CHECKSUMS_FILE).read_text())
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        mine = [check_file(folder / file, **sums[file]) for file in sorted(sums)[rank::world_size]]
-        problems = [p for found in self._gather([p for p in mine if p]) for p in found]
+        if folder in self._intact:  # not twice, when `latest` was looked for
+            return
+        problems = [p for found in self._gather(damage(folder, dist.get_rank(), dist.get_world_size())) for p in found]
         if problems:
             raise OSError(f"{'; '.join(problems)}; take an earlier checkpoint, or a copy of this one")
+        self._intact.add(folder)
 
     def newest_intact(self) -> Path:
         """The newest complete checkpoint of the run whose files are as they were written; damaged ones are reported.
@@ -270,21 +300,44 @@ class CheckpointManager:
             "start without --load in another --exp-name"
         )
 
+    def load_weights(self, folder: Path, *, strict: bool = True) -> LoadReport:
+        """Read the weights alone; optimizer and state stay as they are, and the EMA begins at these weights.
+
+        Args:
+            strict: False lets tensors be missing, unexpected or of another shape.
+
+        Returns: what happened to every tensor; the caller logs it.
+
+        Raises:
+            OSError: as `load`.
+            ValueError: strict and not every tensor fits, or none does.
+        """
+        self.check_files(folder)
+        read_state(folder)
+        reader, ranges = PieceReader(folder), self.booster.ranges()
+        saved = {name: reader.shape("master", name) for name in reader.names("master")}
+        report, fitting = compare_shapes(saved, {name: place.shape for name, place in ranges.items()})
+        if not fitting or (strict and not report.fits):
+            raise ValueError(
+                f"load={str(folder)!r} does not fit the model: {report}; load_strict=False takes what fits"
+            )
+        with torch.no_grad():
+            for name, shard in self.booster.master_shards():
+                if name in fitting:
+                    _read_into(shard, reader, "master", name, ranges[name])
+                if self.ema is not None:
+                    self.ema[name].copy_(shard)
+        self.booster.refresh()
+        return report
+
     def _check_names(self, reader: PieceReader, folder: Path) -> None:
         ranges = self.booster.ranges()
         saved = {name: reader.shape("master", name) for name in reader.names("master")}
-        missing = sorted(set(ranges) - set(saved))
-        unexpected = sorted(set(saved) - set(ranges))
-        differ = [
-            f"{n}: {saved[n]} saved, {tuple(r.shape)} here"
-            for n, r in ranges.items()
-            if n in saved and saved[n] != tuple(r.shape)
-        ]
-        if missing or unexpected or differ:
+        report, _ = compare_shapes(saved, {name: place.shape for name, place in ranges.items()})
+        if not report.fits:
             raise ValueError(
-                f"load={str(folder)!r} is of another model: {len(missing)} tensors missing {missing[:3]}, "
-                f"{len(unexpected)} unexpected {unexpected[:3]}, {len(differ)} of another shape {differ[:3]}; "
-                f"use the config saved in {str(folder / CONFIG_FILE)!r}"
+                f"load={str(folder)!r} is of another model: {report}; use the config saved in "
+                f"{str(folder / CONFIG_FILE)!r}, or take what fits with --load-weights-only --load-strict False"
             )
         kinds = set(self.booster.optimizer_shards()) - set(reader.kinds())
         if kinds:
@@ -298,69 +351,3 @@ def _read_into(shard: Tensor, reader: PieceReader, kind: str, name: str, place: 
         shard.copy_(reader.read(kind, name)[0])
     elif shard.numel():
         shard.copy_(reader.read_place(kind, name, place))
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint, from its state file.
-
-    Raises:
-        ValueError: written by a newer format.
-    """
-    facts = json.loads((folder / layout.STATE_FILE).read_text())
-    if facts["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{str(folder)!r} has format {facts['format_version']}, this program reads {FORMAT_VERSION}; update it"
-        )
-    return facts
-
-
-def check_file(path: Path, *, size: int, crc32: int) -> str:
-    """What is wrong with a file of a checkpoint, "" if nothing."""
-    if not path.is_file():
-        return f"{str(path)!r} is missing"
-    if path.stat().st_size != size:
-        return f"{str(path)!r} has {path.stat().st_size} bytes, {size} were written"
-    found = file_crc32(path)
-    return "" if found == crc32 else f"{str(path)!r} has checksum {found:08x}, {crc32:08x} was written: it has changed"
-
-
-def check_order(facts: Mapping[str, Any], order: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to resume over other data than the checkpoint's.
-
-    Args:
-        order: `datasets.plan.order_key` of the data at hand.
-
-    Raises:
-        ValueError: what changed, with both values.
-    """
-    if changes := what_changed(facts["data_order"], order):
-        raise ValueError(
-            f"load={str(folder)!r}: the data changed since it was saved ({'; '.join(changes)}), so its position in "
-            "the epoch means nothing; restore them, or keep weights and optimizer and restart the data with "
-            "--start-epoch 0 --start-step 0"
-        )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("opensora_like", "torch", "colossalai", "deepspeed", "transformers", "diffusers", "mmengine-lite"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    found["git"] = _git_commit()
-    return found
-
-
-def _git_commit() -> str:
-    """Commit of this package's checkout, "" where it is not one or there is no git."""
-    if shutil.which("git") is None:
-        return ""
-    asked = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-    )
-    return asked.stdout.strip()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -20,6 +21,8 @@ from torch import Tensor
 from opensora_like.boosters.base import ShardRange, ShardStrips, Strip
 from opensora_like.checkpoint.files import WrittenFile, write_safetensors, write_text
 from opensora_like.checkpoint.overlap import copy_runs, overlap, runs_of
+
+WRITERS = 4  # files that a rank writes at once
 
 
 class Piece(NamedTuple):
@@ -45,12 +48,18 @@ class _Stored(NamedTuple):
 
 
 def write_pieces(
-    folder: Path, rank: int, pieces: Iterable[Piece], *, on_file: Callable[[str], None] = lambda file: None
+    folder: Path,
+    rank: int,
+    pieces: Iterable[Piece],
+    *,
+    on_file: Callable[[str], None] = lambda file: None,
+    nvme_writer: Callable[..., Any] | None = None,
 ) -> dict[str, WrittenFile]:
     """Write this rank's pieces, one safetensors file per kind, and the list that says what is where.
 
     Args:
         on_file: told the name of each file when the disk has it.
+        nvme_writer: see `files.find_nvme_writer`.
 
     Returns: file name -> size and checksum, of every file written.
     """
@@ -62,9 +71,14 @@ def write_pieces(
         where = [piece.start, piece.stop, file, *([piece.strips] if piece.strips else [])]
         listing.append([piece.kind, piece.name, list(piece.shape), *where])
     written = {}
-    for file, tensors in by_file.items():
-        written[file] = write_safetensors(folder / file, tensors)
-        on_file(file)
+    with ThreadPoolExecutor(WRITERS, "writer") as pool:  # one file is written while another waits for the disk
+        running = {
+            file: pool.submit(write_safetensors, folder / file, tensors, nvme_writer=nvme_writer)
+            for file, tensors in by_file.items()
+        }
+        for file, writing in running.items():
+            written[file] = writing.result()
+            on_file(file)
     table = f"pieces.rank{rank:05d}.json"
     written[table] = write_text(folder / table, json.dumps(listing))
     on_file(table)

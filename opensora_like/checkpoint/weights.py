@@ -22,6 +22,21 @@ class LoadReport(NamedTuple):
     missing: list[str]
     unexpected: list[str]
     mismatched: list[str]
+    adapted: tuple[str, ...] = ()  # what was changed to make the weights fit
+
+    @property
+    def fits(self) -> bool:
+        """Whether every key was loaded."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def lines(self) -> list[str]:
+        """One line per change, and per key that was not loaded."""
+        return [
+            *(f"adapted: {change}" for change in self.adapted),
+            *(f"missing, keeps its initial value: {key}" for key in self.missing),
+            *(f"unexpected, not used: {key}" for key in self.unexpected),
+            *(f"of another shape, not used: {key}" for key in self.mismatched),
+        ]
 
     def __str__(self) -> str:
         return (
@@ -29,6 +44,17 @@ class LoadReport(NamedTuple):
             f"{len(self.unexpected)} unexpected {self.unexpected[:5]}, "
             f"{len(self.mismatched)} of another shape {self.mismatched[:5]}"
         )
+
+
+def compare_shapes(
+    given: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
+) -> tuple[LoadReport, set[str]]:
+    """What can be loaded of tensors by name and shape. Returns: the report, and the names that fit."""
+    both = given.keys() & own.keys()
+    fitting = {n for n in both if tuple(given[n]) == tuple(own[n])}
+    mismatched = [f"{n}: {tuple(given[n])} given, {tuple(own[n])} here" for n in sorted(both - fitting)]
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    return LoadReport(len(fitting), missing, unexpected, mismatched), fitting
 
 
 def read_weights(path: str | Path, *, use_ema: bool = True, where: str = "ckpt_path") -> dict[str, Tensor]:
@@ -42,7 +68,7 @@ def read_weights(path: str | Path, *, use_ema: bool = True, where: str = "ckpt_p
         FileNotFoundError: nothing is there.
         ValueError: it holds no weights.
     """
-    path = _newest(Path(path), where)
+    path = newest_of(Path(path), where)
     if (path / layout.STATE_FILE).is_file():
         reader = PieceReader(path)
         kind = "ema" if use_ema and "ema" in reader.kinds() else "master"
@@ -52,7 +78,7 @@ def read_weights(path: str | Path, *, use_ema: bool = True, where: str = "ckpt_p
     return _read_file(path, where)
 
 
-def _newest(path: Path, where: str) -> Path:
+def newest_of(path: Path, where: str) -> Path:
     """`path` itself, or the newest checkpoint that it means (a pattern, or the folder of a run)."""
     if any(c in str(path) for c in "*?[") or (path.is_dir() and layout.complete_checkpoints(path)):
         return layout.find_checkpoint(str(path), path)
@@ -105,27 +131,22 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str,
         ValueError: strict and not every key fits, or not strict and none does.
     """
     own = model.state_dict()
-    mismatched = [
-        f"{n}: {tuple(w.shape)} given, {tuple(own[n].shape)} here"
-        for n, w in weights.items()
-        if n in own and w.shape != own[n].shape
-    ]
-    fitting = {n: w for n, w in weights.items() if n in own and w.shape == own[n].shape}
-    report = LoadReport(
-        len(fitting), sorted(set(own) - set(weights)), sorted(set(weights) - set(own)), sorted(mismatched)
-    )
-    if not fitting or (strict and (report.missing or report.unexpected or report.mismatched)):
+    report, fitting = compare_shapes({n: w.shape for n, w in weights.items()}, {n: t.shape for n, t in own.items()})
+    if not fitting or (strict and not report.fits):
         raise ValueError(f"{where} does not fit the model: {report}")
     with torch.no_grad():
-        for name, weight in fitting.items():
-            own[name].copy_(weight)
+        for name in fitting:
+            own[name].copy_(weights[name])
     return report
 
 
 def load_pretrained(model: Denoiser, source: str, *, where: str, strict: bool, use_ema: bool = True) -> LoadReport:
-    """Read `source` and put it into `model`, under the names that the model gives to published weights.
+    """Read `source` and put it into `model`, in the layout that the model has.
+
+    Returns: the report, with every change that was made to fit them; the caller logs it.
 
     Raises: as `read_weights` and `load_weights`.
     """
-    weights = model.rename_weights(read_weights(source, use_ema=use_ema, where=where))
-    return load_weights(model, weights, where=f"{where}={source!r}", strict=strict)
+    weights, changes = model.adapt_weights(read_weights(source, use_ema=use_ema, where=where))
+    report = load_weights(model, weights, where=f"{where}={source!r}", strict=strict)
+    return report._replace(adapted=tuple(changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opensora_like import rng
+from opensora_like.checkpoint.adapters import merge_adapters
 from opensora_like.checkpoint.weights import load_pretrained
 from opensora_like.conditioning.masks import given_frames, inference_condition
 from opensora_like.datasets.aspect import shape_table
@@ -90,7 +92,7 @@ class VideoGenerator:
     """A denoiser with its autoencoder and text encoders, ready to sample.
 
     Args:
-        device: where everything runs.
+        device: where everything runs; with ``cfg.offload`` weights wait in host memory until they are used.
 
     Raises:
         ValueError, FileNotFoundError: weights that do not fit or are not there; see `read_weights`.
@@ -104,13 +106,18 @@ class VideoGenerator:
             raise ValueError("no weights: give --ckpt-path with a checkpoint folder or a safetensors file")
         report = load_pretrained(self.model, source, where="ckpt_path", strict=True, use_ema=cfg.use_ema)
         logger.info("ckpt_path %s: %s", source, report)
-        self.model.requires_grad_(False).eval().to(device, self.dtype)
+        for line in report.lines():
+            logger.warning("ckpt_path %s: %s", source, line)
+        if cfg.lora_checkpoint is not None:
+            number = merge_adapters(self.model, cfg.lora_checkpoint, where="lora_checkpoint", use_ema=cfg.use_ema)
+            logger.info("lora_checkpoint %s: %d tensors merged", cfg.lora_checkpoint, number)
+        self.model.requires_grad_(False).eval().to(self.dtype)
         self.autoencoder: Autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder")
         self.encoders: dict[str, TextEncoder] = {
             name: build(c, MODELS, where=f"encoders.{name}") for name, c in cfg.encoders.items()
         }
-        for module in (self.autoencoder, *self.encoders.values()):
-            module.requires_grad_(False).eval().to(device)
+        for module in (self.model, self.autoencoder, *self.encoders.values()):
+            module.requires_grad_(False).eval().to("cpu" if cfg.offload else device)
         self.scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=self.model.patch_size)
         self.guidance = self._guidance()
         self.size = self._pixels()
@@ -181,9 +188,11 @@ class VideoGenerator:
         cfg = self.cfg
         captions = [self.caption(prompt.text) for prompt, _ in jobs]
         noise = torch.stack([self._noise(prompt.number, repeat) for prompt, repeat in jobs])
-        conditions = {name: e.encode(captions) for name, e in self.encoders.items()}
-        null_text = {name: e.encode([p.negative for p, _ in jobs]) for name, e in self.encoders.items()}
-        null_image = {}
+        conditions, null_text, null_image = {}, {}, {}
+        for name, encoder in self.encoders.items():
+            with self._in_use(encoder):
+                conditions[name] = encoder.encode(captions)
+                null_text[name] = encoder.encode([prompt.negative for prompt, _ in jobs])
         if "guidance" in self.model.condition_names:
             conditions["guidance"] = torch.full((len(jobs),), cfg.distilled_guidance, device=self.device)
         given_BT = torch.zeros(len(jobs), self.latent_shape[1], dtype=torch.bool, device=self.device)
@@ -199,10 +208,12 @@ class VideoGenerator:
             num_steps=cfg.num_steps,
         )
         times = self.scheduler.times(cfg.num_steps, self.latent_shape[1:]).to(self.device)
-        x0 = SAMPLERS[cfg.sampler](velocity, noise, times)
+        with self._in_use(self.model):
+            x0 = SAMPLERS[cfg.sampler](velocity, noise, times)
         if given_BT.any():  # what was given comes back as it was given
             x0 = torch.where(given_BT[:, None, :, None, None], conditions["visual"][:, 1:], x0)
-        videos = self.autoencoder.decode(x0).float().clamp(-1, 1).cpu()
+        with self._in_use(self.autoencoder):
+            videos = self.autoencoder.decode(x0).float().clamp(-1, 1).cpu()
         return [
             Sampled(prompt, repeat, caption, video)
             for (prompt, repeat), caption, video in zip(jobs, captions, videos, strict=True)
@@ -229,7 +240,20 @@ class VideoGenerator:
             first = 0 if given.head else probe(path).num_frames - num_frames
             frames = read_frames(path, range(first, first + num_frames))
         video_CTHW = resize_crop(frames, *self.size, image=is_image(path))
-        return self.autoencoder.encode(video_CTHW[None].to(self.device)).float()[0]
+        with self._in_use(self.autoencoder):
+            return self.autoencoder.encode(video_CTHW[None].to(self.device)).float()[0]
+
+    @contextmanager
+    def _in_use(self, module: torch.nn.Module) -> Iterator[None]:
+        """With `offload`, `module` is on the device within this context only."""
+        if not self.cfg.offload:
+            yield
+            return
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            module.to("cpu")
 
     def _velocity(self, x: Tensor, t_B: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         cast = {k: v.to(self.dtype) for k, v in conditions.items()}

@@ -65,9 +65,11 @@ class Denoiser(Protocol):
         Returns: [B, C, T, H, W] in the dtype of the weights.
         """
 
-    @staticmethod
-    def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A published state dict under this model's names; one that has them already comes back as it is."""
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """A published state dict under this model's names and in its layout.
+
+        Returns: the weights; one that fits already comes back as it is. And a line for every change, for the log.
+        """
 
     def parallel_plan(self) -> ParallelPlan: ...
 

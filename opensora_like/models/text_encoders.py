@@ -56,6 +56,8 @@ class T5TextEncoder(nn.Module):
         cache_device: "cpu", or "same" as the encoder.
         chunk_size: captions per forward. At 1 an embedding does not depend on the captions beside it, so that a
             resumed run with an empty cache repeats bit by bit.
+        tp: the encoder is to be cut over the booster's tensor-parallel ranks, which encode the same captions; the
+            program that builds a run does so with `cut`.
 
     Raises:
         ValueError: both or neither of `from_pretrained` and `tiny`, a size that does not fit.
@@ -77,10 +79,12 @@ class T5TextEncoder(nn.Module):
         cache_size: int = 256,
         cache_device: Literal["cpu", "same"] = "cpu",
         chunk_size: int = 1,
+        tp: bool = False,
     ) -> None:
         super().__init__()
         _check_source("t5", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
         self.max_length, self._attend_padding, self._chunk_size = max_length, attend_padding, chunk_size
+        self.tp = tp
         if tiny is not None:
             self.model = _tiny_t5(_tiny_sizes(tiny, "t5")).to(DTYPES[dtype])
             self._tokenize: Tokenize = _byte_tokenizer(bos=False)
@@ -91,6 +95,10 @@ class T5TextEncoder(nn.Module):
         self.output_dim = int(self.model.config.d_model)
         self._pad_id = int(self.model.config.pad_token_id or 0)
         self._cache = EmbeddingCache(cache_size, keep_on_cpu=cache_device == "cpu")
+
+    def cut(self, cut_model: Callable[[nn.Module], None]) -> None:
+        """Let `cut_model` change the encoder in place, as tensor parallelism does; its embeddings stay the same."""
+        cut_model(self.model)
 
     def train(self, mode: bool = True) -> T5TextEncoder:
         """Stays in evaluation mode: the encoder is frozen."""
@@ -145,7 +153,7 @@ class UMT5TextEncoder(nn.Module):
     Args:
         from_pretrained: folder, or name on the hub, of weights and tokenizer; of a pipeline's folder its
             ``text_encoder`` and ``tokenizer`` are taken.
-        tiny, cache_dir, cache_size, cache_device, chunk_size: as `T5TextEncoder`.
+        tiny, cache_dir, cache_size, cache_device, chunk_size, tp: as `T5TextEncoder`.
         max_length: tokens of a caption; longer ones are cut. Wan has seen 512, and attends to every row.
         dtype: of weights and embeddings; float16 is not offered, since umT5 overflows in it.
         clean: bring captions to the form that `clean_caption` describes.
@@ -169,12 +177,14 @@ class UMT5TextEncoder(nn.Module):
         cache_size: int = 256,
         cache_device: Literal["cpu", "same"] = "cpu",
         chunk_size: int = 1,
+        tp: bool = False,
     ) -> None:
         super().__init__()
         _check_source("umt5", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
         if dtype not in ("bf16", "fp32"):
             raise ValueError(f"umt5 encoder: dtype={dtype!r} overflows or is unknown; use 'bf16' or 'fp32'")
         self.max_length, self._clean, self._chunk_size = max_length, clean, chunk_size
+        self.tp = tp
         if tiny is not None:
             self.model = _tiny_umt5(_tiny_sizes(tiny, "umt5")).to(DTYPES[dtype])
             self._tokenize: Tokenize = _byte_tokenizer(bos=False)
@@ -187,6 +197,10 @@ class UMT5TextEncoder(nn.Module):
         self.output_dim = int(self.model.config.d_model)
         self._pad_id = int(self.model.config.pad_token_id or 0)
         self._cache = EmbeddingCache(cache_size, keep_on_cpu=cache_device == "cpu")
+
+    def cut(self, cut_model: Callable[[nn.Module], None]) -> None:
+        """As `T5TextEncoder.cut`."""
+        cut_model(self.model)
 
     def train(self, mode: bool = True) -> UMT5TextEncoder:
         """Stays in evaluation mode: the encoder is frozen."""

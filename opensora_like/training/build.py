@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TextIO
 
-import numpy as np
 import torch
+from torch.distributed import ProcessGroup
 
 from opensora_like import runtime as rt
 from opensora_like.boosters.base import Booster
-from opensora_like.checkpoint import layout
+from opensora_like.boosters.text_encoder_parallel import cut_t5
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.weights import load_pretrained
 from opensora_like.conditioning.encode import Encode
 from opensora_like.config import config_text, to_dict
-from opensora_like.datasets.ahead import build_ahead
-from opensora_like.datasets.balance import Balance, balance_plan, micro_batch_weight
+from opensora_like.datasets.balance import Balance
 from opensora_like.datasets.base import ClipDataset
-from opensora_like.datasets.batch import Batch
-from opensora_like.datasets.cost import CostModel, Grid, tokens_of
-from opensora_like.datasets.loader import BadSampleLog, make_loader
+from opensora_like.datasets.cost import tokens_of
+from opensora_like.datasets.loader import BadSampleLog
 from opensora_like.datasets.plan import (
-    EpochPlan,
-    Position,
     has_constant_length,
     order_key,
-    rank_stream,
     steps_in_epoch,
 )
-from opensora_like.datasets.shards import ShardedTable
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
-from opensora_like.registry import BOOSTERS, DATASETS, MODELS, SCHEDULERS, build, fit_arguments
+from opensora_like.models.lora import dropout_of
+from opensora_like.registry import BOOSTERS, MODELS, SCHEDULERS, build
 from opensora_like.runtime import Runtime, logger
 from opensora_like.settings import RunConfig
+from opensora_like.training.adapters import add_adapters
+from opensora_like.training.data import batches_from, build_balance, build_dataset, grid_of, loss_weights, make_plan_of
 from opensora_like.training.ema import EMA
+from opensora_like.training.offload import build_offload
 from opensora_like.training.optim import optimizer_factory
-from opensora_like.training.resources import derive_cost
+from opensora_like.training.pretrained import build_unfilled, log_peak_memory
 from opensora_like.training.resume import load_state, log_report
+from opensora_like.training.run_folder import open_run_folder
 from opensora_like.training.step import FlowMatchingStep
 from opensora_like.training.trainer import Run, Schedule
 
@@ -57,15 +55,20 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
         ValueError: settings that do not fit each other, the data or the checkpoint.
         FileNotFoundError: a table, a file of weights or a checkpoint that is not there.
     """
+    offload = build_offload(cfg.grad_ckpt_buffer_size, runtime.device)
     folder, lock = open_run_folder(cfg, runtime, config_name)
     rt.set_up_logging(runtime, folder / "log.txt")
-    model = build_model(cfg)
-    autoencoder, encoders = build_frozen(cfg, runtime.device)
+    unfilled = build_unfilled(cfg, runtime.world_size)
+    model = build_model(cfg) if unfilled is None else unfilled.model
+    booster = build_booster(cfg, runtime)
+    tensor_group = getattr(booster, "tensor_group", None)
+    autoencoder, encoders = build_frozen(cfg, runtime.device, tensor_group=tensor_group)
     dataset = build_dataset(cfg, multiple=autoencoder.spatial_stride * model.patch_size)
     encode = build_encode(cfg, runtime.device, model, autoencoder, encoders)
     scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=model.patch_size)
-    booster = build_booster(cfg, runtime)
     wrapped = booster.prepare(model, optimizer_factory(cfg.optim, device=runtime.device))
+    if unfilled is not None:
+        unfilled.fill(booster)
     for group in booster.param_groups:
         group["base_lr"] = cfg.optim["lr"]
     ema = EMA(booster, cfg.ema_decay) if cfg.ema_decay is not None else None
@@ -75,6 +78,7 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
     checkpoints = build_checkpoints(cfg, runtime, folder, dataset, booster, ema, balance)
     state = load_state(cfg, folder, checkpoints, micro_per_step=booster.dp_size * cfg.accumulation_steps)
     log_summary(cfg, runtime, dataset, model, schedule, state)
+    log_peak_memory(runtime)
     return Run(
         runtime=runtime,
         schedule=schedule,
@@ -86,6 +90,8 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
             seed=cfg.seed,
             dtype=rt.DTYPES[cfg.dtype],
             no_i2v_ref_loss=cfg.no_i2v_ref_loss,
+            dropout=dropout_of(cfg.lora_config) > 0,
+            around_forward=offload or nullcontext,
         ),
         batches=batches_from(cfg, runtime, dataset, plan_of, booster, state),
         plan_of=plan_of,
@@ -94,57 +100,9 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
         ema=ema,
         state=state,
         on_batch=BadSampleLog(folder / "bad_samples.jsonl", max_bad_fraction=cfg.max_bad_fraction).record,
-        weights_of=loss_weights(cfg, booster, plan_of, tokens_of(dataset.buckets, _grid(autoencoder, dataset))),
+        weights_of=loss_weights(cfg, booster, plan_of, tokens_of(dataset.buckets, grid_of(autoencoder, dataset))),
         lock=lock,
     )
-
-
-def run_name(cfg: RunConfig, config_name: str) -> str:
-    """``exp_name``, or date, time and the config's path below configs/."""
-    if cfg.exp_name:
-        return cfg.exp_name
-    parts = Path(config_name).with_suffix("").parts
-    below = parts[parts.index("configs") + 1 :] if "configs" in parts else parts[-1:]
-    return f"{time.strftime('%y%m%d_%H%M%S')}-{'_'.join(below)}"
-
-
-def open_run_folder(cfg: RunConfig, runtime: Runtime, config_name: str) -> tuple[Path, TextIO | None]:
-    """Make the run's folder, refuse one that is in use or holds another run's checkpoints, write the config.
-
-    Returns: the folder, and on rank 0 its lock: an open file; whoever holds it owns the folder.
-
-    Raises:
-        ValueError: ``load='latest'`` without a name, a folder in use, or one with checkpoints and no ``load``.
-    """
-    if cfg.load == "latest" and not cfg.exp_name:
-        raise ValueError("load='latest' looks in the run's own folder; say which with --exp-name")
-    folder = Path(cfg.outputs) / rt.broadcast_text(run_name(cfg, config_name))
-    lock, problem = None, ""
-    if runtime.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-        problem = _occupied(folder, lock, is_new=cfg.load is None)
-        if not problem:
-            (folder / "config.py").write_text(config_text(cfg))
-    if problem := rt.broadcast_text(problem):
-        raise ValueError(problem)
-    return folder, lock
-
-
-def _occupied(folder: Path, lock: TextIO, *, is_new: bool) -> str:
-    """Take the folder. Returns: what is wrong, "" if nothing."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return f"another run is training in {str(folder)!r}; stop it, or choose another --exp-name"
-    layout.recover(folder)
-    found = layout.complete_checkpoints(folder)
-    if found and is_new:
-        return (
-            f"{str(folder)!r} already holds {found[-1].name}; continue it with --load latest, "
-            "or choose another --exp-name"
-        )
-    return ""
 
 
 def build_model(cfg: RunConfig) -> Denoiser:
@@ -156,87 +114,30 @@ def build_model(cfg: RunConfig) -> Denoiser:
         where = "model.from_pretrained"
         report = load_pretrained(model, model.from_pretrained, where=where, strict=model.strict_load)
         log_report(f"{where} {model.from_pretrained}", report)
+    add_adapters(cfg, model)
     return model
 
 
-def build_frozen(cfg: RunConfig, device: torch.device) -> tuple[Autoencoder, dict[str, TextEncoder]]:
-    """Autoencoder and text encoders, frozen, on the device."""
+def build_frozen(
+    cfg: RunConfig, device: torch.device, *, tensor_group: ProcessGroup | None = None
+) -> tuple[Autoencoder, dict[str, TextEncoder]]:
+    """Autoencoder and text encoders, frozen, on the device; those with ``tp`` cut over `tensor_group`.
+
+    Raises:
+        ValueError: an encoder with ``tp`` where the booster has no group for it.
+    """
     autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder")
     encoders = {name: build(c, MODELS, where=f"encoders.{name}") for name, c in cfg.encoders.items()}
+    for name, encoder in encoders.items():
+        if getattr(encoder, "tp", False):
+            if tensor_group is None:
+                raise ValueError(
+                    f"encoders.{name}.tp=True needs tensor parallelism, and booster={dict(cfg.booster)!r} has none"
+                )
+            encoder.cut(partial(cut_t5, group=tensor_group))
     for module in (autoencoder, *encoders.values()):
         module.requires_grad_(False).eval().to(device)
     return autoencoder, encoders
-
-
-def build_dataset(cfg: RunConfig, *, multiple: int) -> ClipDataset:
-    """The dataset of `cfg.dataset`; `multiple` is what heights and widths must be a multiple of."""
-    return build(
-        cfg.dataset, DATASETS, where="dataset", bucket_config=cfg.bucket_config, multiple=multiple, seed=cfg.seed
-    )
-
-
-def build_balance(
-    cfg: RunConfig, dataset: ClipDataset, autoencoder: Autoencoder, encoders: Mapping[str, TextEncoder]
-) -> Balance | None:
-    """How micro-batches are laid side by side, None for a random order.
-
-    Raises:
-        ValueError: unknown keys, numbers that cannot be, costs without a balance, or a model whose work cannot be
-            counted; then `cost` has to be set.
-    """
-    if cfg.balance is None:
-        if cfg.cost is not None:
-            raise ValueError("cost is used by balance only, and balance is None; set balance or remove cost")
-        return None
-    options = fit_arguments(Balance, {"type": "balance", **cfg.balance}, where="balance", given={"costs": None})
-    if cfg.cost is not None:
-        cost = CostModel(**fit_arguments(CostModel, {"type": "cost", **cfg.cost}, where="cost"))
-    else:
-        cost = derive_cost(cfg.model, cfg.autoencoder, encoders, dataset.buckets)
-        logger.info("cost %s", " ".join(f"{name} {value:.4g}" for name, value in vars(cost).items()))
-    return Balance(cost.of_buckets(dataset.buckets, _grid(autoencoder, dataset)), **options)
-
-
-def _grid(autoencoder: Autoencoder, dataset: ClipDataset) -> Grid:
-    return Grid(autoencoder.temporal_stride, dataset.buckets.multiple)
-
-
-def loss_weights(
-    cfg: RunConfig, booster: Booster, plan_of: Callable[[int], EpochPlan], tokens: np.ndarray
-) -> Callable[[Batch], Sequence[float]]:
-    """First batch of a step -> weights of the losses of this rank's micro-batches; see `micro_batch_weight`."""
-    micro_per_step = booster.dp_size * cfg.accumulation_steps
-
-    def weights_of(first: Batch) -> Sequence[float]:
-        if cfg.loss_weight == "per_micro_batch":
-            return [1.0] * cfg.accumulation_steps
-        position = Position(first.epoch, first.index - booster.dp_rank)
-        weights = micro_batch_weight(plan_of(first.epoch), position, micro_per_step, cfg.loss_weight, tokens=tokens)
-        return weights[booster.dp_rank :: booster.dp_size].tolist()
-
-    return weights_of
-
-
-def make_plan_of(
-    cfg: RunConfig, runtime: Runtime, dataset: ClipDataset, balance: Balance | None
-) -> Callable[[int], EpochPlan]:
-    """Epoch -> its plan; the last one asked for is kept, and of a table in shards the next one is begun."""
-    kept: dict[int, EpochPlan] = {}
-
-    def plan_of(epoch: int) -> EpochPlan:
-        if epoch not in kept:
-            plan = dataset.plan(epoch)
-            if balance is not None:
-                plan = balance_plan(plan, balance, seed=cfg.seed)
-            if isinstance(dataset.table, ShardedTable) and runtime.local_rank == 0:
-                ahead = {"fps_max": dataset.fps_max, "seed": cfg.seed, "epoch": epoch + 1, "balance": balance}
-                build_ahead(dataset.table, dataset.buckets, **ahead)
-            for old in sorted(kept)[:-1]:  # two are kept: the loader is ahead of the step
-                del kept[old]
-            kept[epoch] = plan
-        return kept[epoch]
-
-    return plan_of
 
 
 def build_booster(cfg: RunConfig, runtime: Runtime) -> Booster:
@@ -327,31 +228,6 @@ def make_schedule(cfg: RunConfig, dataset: ClipDataset, booster: Booster) -> Sch
         lr_schedule=cfg.lr_schedule,
         log_every=cfg.log_every,
         ckpt_every=cfg.ckpt_every,
-    )
-
-
-def batches_from(
-    cfg: RunConfig,
-    runtime: Runtime,
-    dataset: ClipDataset,
-    plan_of: Callable[[int], EpochPlan],
-    booster: Booster,
-    state: TrainState,
-) -> Iterator[Batch]:
-    """This rank's batches from the state's position on, without end."""
-    micro_batches = rank_stream(
-        plan_of,
-        Position(state.epoch, state.micro_batch),
-        dp_rank=booster.dp_rank,
-        dp_size=booster.dp_size,
-        accumulation=cfg.accumulation_steps,
-    )
-    return make_loader(
-        dataset,
-        micro_batches,
-        num_workers=cfg.num_workers,
-        prefetch_factor=cfg.prefetch_factor,
-        pin_memory=runtime.device.type == "cuda",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -33,6 +34,8 @@ class FlowMatchingStep:
         model: called as ``model(x_BCTHW, t_B, conditions)``; the booster's wrapped denoiser.
         dtype: of the inputs at the model's door; t stays float32.
         no_i2v_ref_loss: leave given frames out of the loss.
+        dropout: the model draws from torch's own generator, which is then seeded for every micro-batch.
+        around_forward: makes what the forward runs in, such as `offload.ActivationOffload`.
     """
 
     def __init__(
@@ -44,9 +47,12 @@ class FlowMatchingStep:
         seed: int,
         dtype: torch.dtype,
         no_i2v_ref_loss: bool = False,
+        dropout: bool = False,
+        around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model, self.encode, self.scheduler = model, encode, scheduler
-        self._seed, self._dtype, self._skip_given = seed, dtype, no_i2v_ref_loss
+        self._seed, self._dtype, self._skip_given, self._dropout = seed, dtype, no_i2v_ref_loss, dropout
+        self._around_forward = around_forward
 
     def __call__(self, batch: Batch) -> Tensor:
         """Mean loss of the micro-batch. Returns: float32 scalar."""
@@ -57,8 +63,11 @@ class FlowMatchingStep:
         noise = draw_noise(x0.shape, self._seed, batch.epoch, batch.rows, device=x0.device)
         x_t = self.scheduler.add_noise(x0, noise, t_B)
         conditions = {k: v.to(self._dtype) for k, v in inputs.conditions.items()}
-        prediction = self.model(x_t.to(self._dtype), t_B, conditions)
-        return self._loss(prediction, self.scheduler.target(x0, noise), t_B, inputs)
+        if self._dropout:  # or what is dropped would depend on where the run was resumed
+            torch.manual_seed(rng.seed_of(self._seed, "dropout", batch.epoch, *batch.rows))
+        with self._around_forward():
+            prediction = self.model(x_t.to(self._dtype), t_B, conditions)
+            return self._loss(prediction, self.scheduler.target(x0, noise), t_B, inputs)
 
     def _loss(self, prediction: Tensor, target: Tensor, t_B: Tensor, inputs: Inputs) -> Tensor:
         error_BCTHW = (prediction.float() - target).square()

@@ -72,6 +72,23 @@ def test_given_frames_come_back(checkpoint: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(first, torch.from_numpy(image) / 127.5 - 1, atol=1e-2, rtol=0)
 
 
+def test_offload_changes_nothing_but_where_weights_wait(checkpoint: Path) -> None:
+    """The same pixels; between uses no weight is on the device, and each model's are there while it runs."""
+    common = ["--ckpt-path", str(checkpoint), "--prompt", "a cat"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    videos = []
+    for offload in ("False", "True"):
+        config = read_config(CONFIG, [*common, "--offload", offload], schema=InferenceConfig).config
+        generator = VideoGenerator(config, device)
+        modules = [generator.model, generator.autoencoder, *generator.encoders.values()]
+        homes = {p.device.type for m in modules for p in m.parameters()}
+        assert homes == ({"cpu"} if offload == "True" else {device.type})
+        (made,) = generator.sample(read_prompts(config))
+        videos.append(made.video_CTHW)
+        assert {p.device.type for m in modules for p in m.parameters()} == homes
+    torch.testing.assert_close(videos[1], videos[0], atol=1e-5, rtol=0)
+
+
 def run_script(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts/diffusion/inference.py"), str(CONFIG), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

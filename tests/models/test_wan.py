@@ -69,7 +69,7 @@ def recorded(name: str, tmp_path: Path) -> tuple[Wan, dict, dict]:
     original = {n.removeprefix("weights/"): w for n, w in tensors.items() if n.startswith("weights/")}
     save_file(original, tmp_path / "model.safetensors")
     model = Wan(config=str(tmp_path), image_dim=case.get("clip_dim"), text_length=case["cfg"]["text_len"])
-    weights = model.rename_weights(read_weights(tmp_path))
+    weights = model.adapt_weights(read_weights(tmp_path))[0]
     load_weights(model, weights, where="recorded", strict=model.strict_load)
     return model, tensors, facts
 
@@ -122,7 +122,7 @@ def test_equals_diffusers_from_a_saved_folder(i2v, tmp_path):
     theirs = WanTransformer3DModel(**sizes, added_kv_proj_dim=48 if i2v else None)
     theirs.save_pretrained(tmp_path / "transformer")
     model = Wan(config=str(tmp_path), from_pretrained=str(tmp_path / "transformer"))
-    load_weights(model, model.rename_weights(read_weights(model.from_pretrained)), where="folder")
+    load_weights(model, model.adapt_weights(read_weights(model.from_pretrained))[0], where="folder")
     assert model.state_dict().keys() == theirs.state_dict().keys() and model.text_length == 512
     x, t, conditions = inputs(model, num_text=512)  # the length that diffusers is bound to in i2v
     beside = [conditions["visual"][:, :1].expand(-1, 4, -1, -1, -1), conditions["visual"][:, 1:]] if i2v else []

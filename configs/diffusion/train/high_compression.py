@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 8 scripts/diffusion/train.py configs/diffusion/train/high_compression.py \
     --dataset.data-path table.csv
-Hardware: 8 GPUs of 140 GB. Memory: @HIGH@
+Hardware: 8 GPUs of 140 GB. Memory: predicted 74 GiB at most per GPU.
 """
 
 _base_ = [

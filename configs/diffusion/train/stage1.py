@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 8 scripts/diffusion/train.py configs/diffusion/train/stage1.py --dataset.data-path table.csv
 From published weights: --model.from_pretrained ckpts/Open_Sora_v2.safetensors
-Hardware: 8 GPUs of 140 GB. Memory: @STAGE1@
+Hardware: 8 GPUs of 140 GB. Memory: predicted 134 GiB at most per GPU (768px images).
 """
 
 _base_ = [

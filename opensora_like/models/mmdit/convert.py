@@ -18,6 +18,18 @@ _LINEAR = re.compile(_HOLDER + r"\.(?P<name>qkv|linear1|q_proj|k_proj)\.(?:weigh
 _SCALE = re.compile(_HOLDER + r"\.norm\.(?:query|key)_norm\.scale")
 
 
+def is_fused(state: Mapping[str, Tensor]) -> bool | None:
+    """Whether the weights have one linear for queries, keys and values; None for weights without any.
+
+    Raises:
+        ValueError: both layouts are mixed.
+    """
+    found = {layout for key in state for layout, names in ((True, _FUSED), (False, _SPLIT)) if names.fullmatch(key)}
+    if len(found) > 1:
+        raise ValueError("mmdit weights: some blocks have fused, some have split qkv; convert a whole state dict")
+    return found.pop() if found else None
+
+
 def split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights for ``fused_qkv=False`` from weights for ``fused_qkv=True``."""
     out: dict[str, Tensor] = {}

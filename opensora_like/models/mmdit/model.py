@@ -5,7 +5,7 @@ Letters of the shape suffixes: B batch, C channels, T time, H W space, L tokens,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_like.models.base import ParallelPlan
 from opensora_like.models.layers import MLPEmbedder, Rope, SequenceCut, build_rope, time_embedding
+from opensora_like.models.mmdit.adapt import adapt
 from opensora_like.models.mmdit.blocks import DoubleBlock, FinalLayer, SingleBlock
 from opensora_like.models.mmdit.tokens import patchify, position_ids, unpatchify
 from opensora_like.registry import MODELS
@@ -205,10 +206,9 @@ class MMDiT(nn.Module):
             )
         self._num_recomputed = counts
 
-    @staticmethod
-    def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As they are: the published names are this model's own."""
-        return weights
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Published weights in the layout of this model's options; see `adapt.adapt`."""
+        return adapt(weights, self)
 
     def parallel_plan(self) -> ParallelPlan:
         """How to cut the model; valid for the layout of qkv that was built."""

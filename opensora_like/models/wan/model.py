@@ -226,10 +226,10 @@ class Wan(nn.Module):
             split_norms=tuple(norms),
         )
 
-    @staticmethod
-    def rename_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Published weights of either layout under this model's names; see `convert.to_diffusers`."""
-        return convert.to_diffusers(weights)
+        own = convert.to_diffusers(weights)
+        return own, [] if own.keys() == weights.keys() else [f"{len(weights)} tensors renamed as diffusers names them"]
 
     def _check_inputs(self, x_BCTHW: Tensor, conditions: Mapping[str, Tensor]) -> None:
         missing, unknown = self.condition_names - conditions.keys(), conditions.keys() - self.condition_names

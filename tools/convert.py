@@ -1,0 +1,97 @@
+"""Convert weights between layouts: of a training checkpoint, a safetensors file, or a folder of shards.
+
+python tools/convert.py IN OUT --model mmdit --to split [--rope interleaved:liger] [--raw] [--dtype bf16]
+python tools/convert.py IN OUT --model wan --to original
+
+Layouts of mmdit: `fused` (one linear for queries, keys, values: the names of the published Open-Sora weights) and
+`split`; which one IN has is seen from its names. `--rope OLD:NEW` reorders the rotated pairs of queries and keys
+between `interleaved` and `liger`; nothing in a file says which it has. Layouts of wan: `diffusers` (this program's own,
+and that of the published folders) and `original` (the single files). A training checkpoint gives its EMA where it has
+one, with --raw its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from torch import Tensor
+
+from opensora_like.checkpoint.export import export_weights, parse_size
+from opensora_like.checkpoint.weights import read_weights
+from opensora_like.cli import run_guarded
+from opensora_like.models.mmdit import convert as mmdit
+from opensora_like.models.wan import convert as wan
+from opensora_like.runtime import DTYPES
+
+Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+# model -> layout -> what brings either layout to it; each leaves weights that have it as they are
+LAYOUTS: dict[str, dict[str, Convert]] = {
+    "mmdit": {"fused": mmdit.fuse_qkv, "split": mmdit.split_qkv},
+    "wan": {"diffusers": wan.to_diffusers, "original": lambda weights: wan.to_original(wan.to_diffusers(weights))},
+}
+ROPES: dict[str, Convert] = {
+    "interleaved:liger": mmdit.to_liger_rope,
+    "liger:interleaved": mmdit.to_interleaved_rope,
+}
+
+
+def convert(weights: Mapping[str, Tensor], *, model: str, to: str, rope: str | None) -> dict[str, Tensor]:
+    """Weights in another layout.
+
+    Raises:
+        ValueError: no such layout, a rope order for a model without, or weights that are not of this model.
+    """
+    if to not in LAYOUTS[model]:
+        raise ValueError(f"--to {to!r}: {model} has the layouts {sorted(LAYOUTS[model])}")
+    if rope is not None and model != "mmdit":
+        raise ValueError(f"--rope {rope!r}: only mmdit has two orders of rotated pairs; remove it")
+    if not any(name.split(".")[-1] in ("weight", "bias") and "blocks." in name for name in weights):
+        raise ValueError(f"no weights of {model} blocks among {len(weights)} tensors: {sorted(weights)[:3]}")
+    converted = LAYOUTS[model][to](weights)
+    return converted if rope is None else ROPES[rope](converted)
+
+
+class _Loaded(dict[str, Tensor]):
+    """Tensors in memory, as `export_weights` reads them."""
+
+    def num_elements(self, name: str) -> int:
+        return self[name].numel()
+
+
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a checkpoint, a run's folder (its newest one), a file or a folder of shards")
+    parser.add_argument("out", type=Path, help="a folder")
+    parser.add_argument("--model", choices=sorted(LAYOUTS), required=True)
+    parser.add_argument("--to", required=True, help="the layout to write")
+    parser.add_argument("--rope", choices=sorted(ROPES), help="order of rotated pairs, old:new (mmdit)")
+    parser.add_argument("--raw", action="store_true", help="the weights of a checkpoint instead of its EMA")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as it is")
+    parser.add_argument("--max_shard_size", default="80GB", help="bytes, or with KB, MB, GB, KiB, MiB, GiB")
+    given = parser.parse_args(arguments)
+    max_shard_size = parse_size(given.max_shard_size)
+    weights = read_weights(given.source, use_ema=not given.raw, where="source")
+    converted = _Loaded(convert(weights, model=given.model, to=given.to, rope=given.rope))
+
+    def work() -> int:
+        dtype = DTYPES[given.dtype] if given.dtype else None
+        export_weights(
+            converted,
+            given.out,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            on_file=lambda path: print(f"wrote {path}"),
+        )
+        print(f"{len(weights)} tensors of {given.source} -> {len(converted)} in layout {given.to}")
+        return 0
+
+    return work
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(prepare))
