@@ -1,24 +1,8 @@
 """A model of a few thousand weights on clips without files; what tests of the loop train."""
 
+_base_ = ["toy_model.py"]
+
 custom_imports = ["tests.training.toy_videos"]
-model = dict(
-    type="mmdit",
-    in_channels=12,
-    vec_in_dim=16,
-    context_in_dim=16,
-    hidden_size=32,
-    num_heads=2,
-    depth=1,
-    depth_single_blocks=1,
-    axes_dim=(4, 6, 6),
-    patch_size=1,
-    cond_embed=True,
-)
-autoencoder = dict(type="patch", patch_size=2)
-encoders = dict(
-    text=dict(type="t5", max_length=16, dtype="fp32", tiny=dict(hidden_size=16, num_layers=1, num_heads=2)),
-    pooled=dict(type="clip", max_length=16, dtype="fp32", tiny=dict(hidden_size=16, num_layers=1, num_heads=2)),
-)
 dataset = dict(type="toy_videos")
 bucket_config = {"8px_ar1:1": {1: (1.0, 3), 5: (1.0, 2), 9: (0.5, 2)}}
 condition_config = dict(t2v=1, i2v_head=1)
