@@ -2,6 +2,7 @@
 
 torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/demo.py
 Hardware: two CPU cores; float32, because there it is faster than bfloat16. On a GPU: --dtype bf16.
+Measured on two cores: 0.10 s/step, 7.7 minutes, loss 0.042 at the end; colour 100 %, direction 99 % of 160 samples.
 """
 
 _base_ = ["../../_base_/run.py", "../../_base_/shapes_model.py"]
