@@ -149,7 +149,7 @@ def test_the_terminal_stays_quiet(facts):
         ("hybrid", {"tp": 2}, r"plugin_config\.tp: plugin 'hybrid' has no such option; .*tp_size"),
         (
             "hybrid",
-            {"enable_sequence_parallelism": True, "sequence_parallelism_mode": "ringattn"},
+            cases.SP | {"sequence_parallelism_mode": "ringattn"},
             r"mean \['ring_attn'\]",
         ),
         (

@@ -51,12 +51,12 @@ def case(problem: Problem, accumulation: int, options: tuple[tuple[str, Any], ..
     return Case(problem, accumulation, options, "colossalai")
 
 
-FUSED, SPLIT, ADAMW = Problem(), Problem("split"), Problem(optim="adamw")
+FUSED, SPLIT, ADAMW = Problem(), Problem("split", steps=5), Problem(optim="adamw")
 WAN, FROZEN = Problem("wan", steps=4), Problem("frozen", steps=4)
 LONG_TEXT, FEW = (Problem(data=d, steps=4) for d in ("long text", "few tokens"))
 BF16 = Problem(dtype="bf16")
 BF16_ADAMW = Problem(optim="adamw", dtype="bf16")
-PROBLEMS = [FUSED, SPLIT, ADAMW, WAN, FROZEN, LONG_TEXT, FEW]  # in float32; bfloat16 is compared with it, too
+PROBLEMS = [FUSED, SPLIT, WAN, FROZEN, LONG_TEXT, FEW]  # in float32; bfloat16 is compared with it, too
 
 SP = {"sp_size": 2, "enable_sequence_parallelism": True}
 RING = SP | {"sequence_parallelism_mode": "ring_attn"}
@@ -70,18 +70,16 @@ CASES: dict[int, list[Case]] = {
     2: [
         case(FUSED, 2, plugin("hybrid")),
         case(SPLIT, 2, plugin("hybrid", static_graph=True)),
-        *(case(p, 2, plugin("hybrid", tp_size=2)) for p in (FUSED, SPLIT, ADAMW)),
+        *(case(p, 2, plugin("hybrid", tp_size=2)) for p in (FUSED, SPLIT)),
         *(case(p, 1, plugin("hybrid", tp_size=2)) for p in (WAN, FROZEN)),
-        *(case(p, 2, plugin("hybrid", **o)) for p in (FUSED, SPLIT) for o in (SP, RING)),
+        *(case(SPLIT, 2, plugin("hybrid", **o)) for o in (SP, RING)),
         *(case(p, 1, plugin("hybrid", **o)) for p in (WAN, LONG_TEXT, FEW) for o in (SP, RING)),
-        case(SPLIT, 2, plugin("zero1-seq", sp_size=2)),
+        case(FUSED, 2, plugin("zero1-seq", sp_size=2)),
         case(FUSED, 1, plugin("zero2-seq", sp_size=2, sequence_parallelism_mode="ring_attn")),
         case(BF16, 2, plugin("hybrid")),
         case(BF16, 2, plugin("hybrid", tp_size=2)),
         case(BF16, 2, plugin("hybrid", tp_size=2, zero_stage=1)),
-        case(BF16, 2, plugin("hybrid", zero_stage=2)),
         case(BF16, 2, plugin("hybrid", **STAGE2)),
-        case(BF16, 1, plugin("hybrid", **SP, zero_stage=1)),
         case(BF16, 2, plugin("zero1-seq", sp_size=2)),
     ],
     4: [
@@ -89,7 +87,6 @@ CASES: dict[int, list[Case]] = {
         case(SPLIT, 1, plugin("hybrid", **SP)),
         case(FUSED, 1, plugin("hybrid", tp_size=2, **SP)),
         case(SPLIT, 2, plugin("hybrid", tp_size=2, **RING)),
-        case(SPLIT, 2, plugin("zero1-seq", sp_size=2)),
         case(FEW, 1, plugin("zero1-seq", sp_size=4, sequence_parallelism_mode="ring_attn")),
         case(BF16, 2, plugin("hybrid", tp_size=2, zero_stage=2)),
         case(BF16, 1, plugin("hybrid", tp_size=2, zero_stage=1, overlap_allgather=True, communication_dtype="fp32")),
