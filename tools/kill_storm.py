@@ -91,7 +91,7 @@ class Storm:
                     everyone = list(range(self._processes))
                     world.kill(everyone if self._random.random() < 0.5 else [self._random.choice(everyone)])
                     kills, self.kills = kills - 1, self.kills + 1
-            codes = world.join(300)
+            codes = world.join(300, grace_seconds=5)
             problems += self.losses(name)
             if not any(codes):
                 return problems + self.differences(name)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from opensora_like.checkpoint import layout
-from opensora_like.checkpoint.files import file_crc32
+from opensora_like.checkpoint.files import file_checksum
 from opensora_like.datasets.plan import what_changed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "config.py"
 CHECKSUMS_FILE = "checksums.json"
 READERS = 4  # files that a rank checks at once
@@ -37,14 +37,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def check_file(path: Path, *, size: int, crc32: int) -> str:
+def check_file(path: Path, *, size: int, xxh3_64: str) -> str:
     """What is wrong with a file of a checkpoint, "" if nothing."""
     if not path.is_file():
         return f"{str(path)!r} is missing"
     if path.stat().st_size != size:
         return f"{str(path)!r} has {path.stat().st_size} bytes, {size} were written"
-    found = file_crc32(path)
-    return "" if found == crc32 else f"{str(path)!r} has checksum {found:08x}, {crc32:08x} was written: it has changed"
+    found = file_checksum(path)
+    return "" if found == xxh3_64 else f"{str(path)!r} has checksum {found}, {xxh3_64} was written: it has changed"
 
 
 def damage(folder: Path, rank: int, world_size: int) -> list[str]:

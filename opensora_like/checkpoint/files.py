@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import mmap
 import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 CHUNK = 2**20  # bytes per call: what is summed is still in the processor's cache when it is written
+ALIGNMENT = 4096  # of addresses, offsets and sizes, where the page cache is passed by
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has none
 NVME_ENTRIES = 32  # writes in flight; what ColossalAI takes
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class WrittenFile(NamedTuple):
-    """What is on disk after a write."""
+    """What is on disk after a write: bytes, and their XXH3 checksum in hexadecimal."""
 
     size: int
-    crc32: int
+    xxh3_64: str
 
 
 def find_nvme_writer() -> Callable[..., Any] | None:
@@ -86,9 +95,9 @@ def write_parts(
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             if nvme_writer is None:
-                crc = _write_in_turn(handle, parts)
+                checksum = _write_in_turn(handle, parts)
             else:
-                crc = _write_by_nvme(handle, path, parts, nvme_writer)
+                checksum = _write_by_nvme(handle, path, parts, nvme_writer)
             os.fsync(handle)
             size = os.fstat(handle).st_size
         finally:
@@ -97,24 +106,65 @@ def write_parts(
         raise OSError(problem.errno, f"{problem.strerror} while writing {total} bytes", str(path)) from problem
     if size != total:
         raise OSError(f"{str(path)!r} has {size} bytes after writing {total}; the disk lost some")
-    if nvme_writer is not None and (found := file_crc32(path)) != crc:
-        raise OSError(f"{str(path)!r} has checksum {found:08x} after writing {crc:08x}; TensorNVMe lost a write")
-    return WrittenFile(total, crc)
+    if nvme_writer is not None and (found := file_checksum(path)) != checksum:
+        raise OSError(f"{str(path)!r} has checksum {found} after writing {checksum}; TensorNVMe lost a write")
+    return WrittenFile(total, checksum)
 
 
-def _write_in_turn(handle: int, parts: Sequence[memoryview]) -> int:
-    """Returns: the checksum."""
-    at = crc = 0
-    for chunk in _chunks(parts):
-        crc = zlib.crc32(chunk, crc)
+def _write_in_turn(handle: int, parts: Sequence[memoryview]) -> str:
+    """Write past the page cache where the file system can: no copy in the kernel, and none of its memory.
+
+    Returns: the checksum.
+    """
+    summed = xxhash.xxh3_64()
+    total, at, filled = sum(part.nbytes for part in parts), 0, 0
+    direct = total >= CHUNK and _set_direct(handle, True)
+    chunk = memoryview(mmap.mmap(-1, CHUNK))  # begins at a page
+    for part in parts:
         done = 0
-        while done < chunk.nbytes:  # a call may write less than it was given
-            done += os.pwrite(handle, chunk[done:], at + done)
-        at += done
-    return crc
+        while done < part.nbytes:
+            size = min(CHUNK - filled, part.nbytes - done)
+            chunk[filled : filled + size] = part[done : done + size]
+            done, filled = done + size, filled + size
+            if filled == CHUNK:
+                summed.update(chunk)
+                direct = _write_at(handle, chunk, at, direct=direct)
+                at, filled = at + CHUNK, 0
+    if direct:  # the end is no whole number of blocks
+        _set_direct(handle, False)
+    summed.update(chunk[:filled])
+    _write_at(handle, chunk[:filled], at, direct=False)
+    return summed.hexdigest()
 
 
-def _write_by_nvme(handle: int, path: Path, parts: Sequence[memoryview], nvme_writer: Callable[..., Any]) -> int:
+def _write_at(handle: int, data: memoryview, offset: int, *, direct: bool) -> bool:
+    """Write all of `data`. Returns: whether the next write may pass the page cache by, too."""
+    done = 0
+    while done < data.nbytes:  # a call may write less than it was given
+        try:
+            done += os.pwrite(handle, data[done:], offset + done)
+        except OSError as problem:
+            if not direct or problem.errno != errno.EINVAL:
+                raise
+            direct = _set_direct(handle, False) and False  # it takes the flag, but no such writes
+        if direct:
+            done -= done % ALIGNMENT
+    return direct
+
+
+def _set_direct(handle: int, wanted: bool) -> bool:
+    """Switch O_DIRECT. Returns: whether it was done; a file system may have no such writes."""
+    flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags | O_DIRECT if wanted else flags & ~O_DIRECT)
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:
+            raise
+        return False
+    return bool(O_DIRECT)
+
+
+def _write_by_nvme(handle: int, path: Path, parts: Sequence[memoryview], nvme_writer: Callable[..., Any]) -> str:
     """Let TensorNVMe write. It does not say when a write fails, so the room is taken before, where it can be.
 
     Returns: the checksum.
@@ -127,17 +177,11 @@ def _write_by_nvme(handle: int, path: Path, parts: Sequence[memoryview], nvme_wr
         if part.nbytes:
             address = np.frombuffer(part, np.uint8).ctypes.data
             writer.write_raw(part, address, part.nbytes, writer.offset)
-    crc = 0
-    for chunk in _chunks(parts):  # while it writes
-        crc = zlib.crc32(chunk, crc)
+    summed = xxhash.xxh3_64()
+    for part in parts:  # while it writes
+        summed.update(part)
     writer.synchronize()
-    return crc
-
-
-def _chunks(parts: Sequence[memoryview]) -> Iterator[memoryview]:
-    for part in parts:
-        for start in range(0, part.nbytes, CHUNK):
-            yield part[start : start + CHUNK]
+    return summed.hexdigest()
 
 
 def write_text(path: Path, text: str) -> WrittenFile:
@@ -145,10 +189,68 @@ def write_text(path: Path, text: str) -> WrittenFile:
     return write_parts(path, [memoryview(text.encode())])
 
 
-def file_crc32(path: Path) -> int:
+def file_checksum(path: Path) -> str:
     """The checksum of a file as it is on disk."""
-    crc = 0
+    summed = xxhash.xxh3_64()
+    buffer = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
+        while size := file.readinto(buffer):
+            summed.update(buffer[:size])
+    return summed.hexdigest()
+
+
+class TensorFile:
+    """A safetensors file of flat tensors, read by ranges of elements straight into their place.
+
+    Raises:
+        OSError: the file is missing, or its header cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)
+            size = int.from_bytes(self._file.read(8), "little")
+            if size > path.stat().st_size:
+                raise ValueError(f"a header of {size} bytes in a file of {path.stat().st_size}")
+            self._header = json.loads(self._file.read(size))
+        except (OSError, ValueError) as problem:
+            raise OSError(f"{str(path)!r} cannot be read ({problem}); take an earlier checkpoint") from problem
+        self._origin = 8 + size
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, by name."""
+        return {name: tuple(facts["shape"]) for name, facts in self._header.items() if name != "__metadata__"}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the elements of a tensor.
+
+        Raises:
+            ValueError: one that no weights have.
+        """
+        written = self._header[name]["dtype"]
+        if written not in DTYPES:
+            raise ValueError(
+                f"{str(self.path)!r}: {name!r} is {written}, which is none of {sorted(DTYPES)}; convert it"
+            )
+        return DTYPES[written]
+
+    def read_into(self, out: Tensor, name: str, start: int) -> None:
+        """Fill `out`, a flat contiguous CPU tensor, with the elements from `start` on.
+
+        Raises:
+            OSError: the file ends before.
+        """
+        if not out.numel():
+            return
+        begin, end = (self._origin + offset for offset in self._header[name]["data_offsets"])
+        at = begin + start * out.element_size()
+        place = _bytes_of(out)
+        if out.dtype != self.dtype(name) or at + place.nbytes > end:
+            raise ValueError(f"{str(self.path)!r}: {name!r} has no {out.numel()} {out.dtype} from {start} on")
+        done = 0
+        while done < place.nbytes:
+            size = os.preadv(self._file.fileno(), [place[done:]], at + done)
+            if not size:
+                raise OSError(f"{str(self.path)!r} ends at byte {at + done}, {name!r} goes on; it was cut short")
+            done += size

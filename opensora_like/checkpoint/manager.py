@@ -6,11 +6,12 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,12 @@ from opensora_like.checkpoint.files import WrittenFile, find_nvme_writer, write_
 from opensora_like.checkpoint.pieces import Piece, PieceReader, pieces_of, write_pieces
 from opensora_like.checkpoint.weights import LoadReport, compare_shapes
 from opensora_like.runtime import logger
+
+Loaded = TypeVar("Loaded")
+
+
+class Damaged(OSError):
+    """Files of a checkpoint are not as they were written."""
 
 
 @dataclass
@@ -241,48 +248,62 @@ class CheckpointManager:
         except OSError as problem:
             logger.warning("%s is complete, but tidying up after it failed: %s", name, problem)
 
-    def load(self, folder: Path) -> TrainState:
+    def load(self, folder: Path, *, check: Callable[[Mapping[str, Any]], None] | None = None) -> TrainState:
         """Read weights, optimizer and EMA of this rank's ranges, whatever number of ranks wrote them.
+
+        Args:
+            check: is given the facts of the state file before anything is read; may raise.
 
         Returns: the state that the checkpoint was saved with.
 
         Raises:
-            OSError: files missing or cut short.
+            Damaged: files are missing, cut short or changed; what was read until then is worth nothing.
             ValueError: the checkpoint belongs to another model, optimizer or format.
         """
-        self.check_files(folder)
-        facts = read_state(folder)
-        reader = PieceReader(folder)
-        ranges = self.booster.ranges()
-        self._check_names(reader, folder)
-        with torch.no_grad():
-            for name, shard in self.booster.master_shards():
-                _read_into(shard, reader, "master", name, ranges[name])
-            for kind, tensors in self.booster.optimizer_shards().items():
-                for name, shard in tensors.items():
-                    _read_into(shard, reader, kind, name, ranges[name])
-            if self.ema is not None:
-                kind = "ema" if "ema" in reader.kinds() else "master"
-                for name, shard in self.ema.items():
-                    _read_into(shard, reader, kind, name, ranges[name])
+        with self.verified(folder):
+            facts = read_state(folder)
+            if check is not None:
+                check(facts)
+            reader = PieceReader(folder)
+            ranges = self.booster.ranges()
+            self._check_names(reader, folder)
+            with torch.no_grad():
+                for name, shard in self.booster.master_shards():
+                    _read_into(shard, reader, "master", name, ranges[name])
+                for kind, tensors in self.booster.optimizer_shards().items():
+                    for name, shard in tensors.items():
+                        _read_into(shard, reader, kind, name, ranges[name])
+                if self.ema is not None:
+                    kind = "ema" if "ema" in reader.kinds() else "master"
+                    for name, shard in self.ema.items():
+                        _read_into(shard, reader, kind, name, ranges[name])
         self.booster.refresh()
         return TrainState(**{f.name: facts[f.name] for f in dataclasses.fields(TrainState)})
 
-    def check_files(self, folder: Path) -> None:
-        """Compare size and checksum of every file with what was written; the ranks share the reading.
+    @contextmanager
+    def verified(self, folder: Path) -> Iterator[None]:
+        """Compare size and checksum of every file with what was written, while the body reads them.
+
+        The ranks share the work. Both need the same bytes from the disk, which reads them once.
 
         Raises:
-            OSError: on every rank, naming each file that is gone, cut short or changed.
+            Damaged: on every rank, naming each file that is gone, cut short or changed, whatever the body met.
         """
-        if folder in self._intact:  # not twice, when `latest` was looked for
+        if folder in self._intact:
+            yield
             return
-        problems = [p for found in self._gather(damage(folder, dist.get_rank(), dist.get_world_size())) for p in found]
-        if problems:
-            raise OSError(f"{'; '.join(problems)}; take an earlier checkpoint, or a copy of this one")
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        with ThreadPoolExecutor(1, "verify") as thread:
+            checking = thread.submit(lambda: self._gather(damage(folder, rank, world_size)))
+            try:
+                yield
+            finally:
+                if problems := [p for found in checking.result() for p in found]:
+                    raise Damaged(f"{'; '.join(problems)}; take an earlier checkpoint, or a copy of this one")
         self._intact.add(folder)
 
-    def newest_intact(self) -> Path:
-        """The newest complete checkpoint of the run whose files are as they were written; damaged ones are reported.
+    def newest_intact(self, load: Callable[[Path], Loaded]) -> Loaded:
+        """What `load` makes of the newest complete checkpoint of the run; damaged ones are reported and passed over.
 
         Raises:
             FileNotFoundError: there is none.
@@ -290,11 +311,9 @@ class CheckpointManager:
         found = layout.complete_checkpoints(self.run)
         for folder in reversed(found):
             try:
-                self.check_files(folder)
-            except OSError as problem:
+                return load(folder)
+            except Damaged as problem:
                 logger.warning("load='latest' passes over %s: %s", folder.name, problem)
-            else:
-                return folder
         raise FileNotFoundError(
             f"load='latest': {str(self.run)!r} has {len(found)} complete checkpoints and none is intact; "
             "start without --load in another --exp-name"
@@ -309,24 +328,24 @@ class CheckpointManager:
         Returns: what happened to every tensor; the caller logs it.
 
         Raises:
-            OSError: as `load`.
+            Damaged: as `load`.
             ValueError: strict and not every tensor fits, or none does.
         """
-        self.check_files(folder)
-        read_state(folder)
-        reader, ranges = PieceReader(folder), self.booster.ranges()
-        saved = {name: reader.shape("master", name) for name in reader.names("master")}
-        report, fitting = compare_shapes(saved, {name: place.shape for name, place in ranges.items()})
-        if not fitting or (strict and not report.fits):
-            raise ValueError(
-                f"load={str(folder)!r} does not fit the model: {report}; load_strict=False takes what fits"
-            )
-        with torch.no_grad():
-            for name, shard in self.booster.master_shards():
-                if name in fitting:
-                    _read_into(shard, reader, "master", name, ranges[name])
-                if self.ema is not None:
-                    self.ema[name].copy_(shard)
+        with self.verified(folder):
+            read_state(folder)
+            reader, ranges = PieceReader(folder), self.booster.ranges()
+            saved = {name: reader.shape("master", name) for name in reader.names("master")}
+            report, fitting = compare_shapes(saved, {name: place.shape for name, place in ranges.items()})
+            if not fitting or (strict and not report.fits):
+                raise ValueError(
+                    f"load={str(folder)!r} does not fit the model: {report}; load_strict=False takes what fits"
+                )
+            with torch.no_grad():
+                for name, shard in self.booster.master_shards():
+                    if name in fitting:
+                        _read_into(shard, reader, "master", name, ranges[name])
+                    if self.ema is not None:
+                        self.ema[name].copy_(shard)
         self.booster.refresh()
         return report
 
@@ -350,4 +369,8 @@ def _read_into(shard: Tensor, reader: PieceReader, kind: str, name: str, place: 
     if shard.ndim == 0:
         shard.copy_(reader.read(kind, name)[0])
     elif shard.numel():
-        shard.copy_(reader.read_place(kind, name, place))
+        in_place = shard.device.type == "cpu" and shard.ndim == 1 and shard.is_contiguous()
+        in_place = in_place and reader.dtype(kind, name) == shard.dtype
+        read = reader.read_place(kind, name, place, out=shard if in_place else None)
+        if not in_place:
+            shard.copy_(read)

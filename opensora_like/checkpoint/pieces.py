@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from opensora_like.boosters.base import ShardRange, ShardStrips, Strip
-from opensora_like.checkpoint.files import WrittenFile, write_safetensors, write_text
+from opensora_like.checkpoint.files import TensorFile, WrittenFile, write_safetensors, write_text
 from opensora_like.checkpoint.overlap import copy_runs, overlap, runs_of
 
 WRITERS = 4  # files that a rank writes at once
@@ -100,7 +99,7 @@ class PieceReader:
                 strips = tuple(Strip(*s) for s in more[0]) if more else ShardRange(tuple(shape), start, stop).strips
                 self._pieces.setdefault((kind, name), []).append(_Stored(start, stop, file, strips))
                 self._shapes[kind, name] = tuple(shape)
-        self._open: dict[str, safe_open] = {}
+        self._open: dict[str, TensorFile] = {}
 
     def kinds(self) -> list[str]:
         """Which kinds of tensors there are: "master", "ema", "exp_avg"..."""
@@ -113,6 +112,11 @@ class PieceReader:
         """Shape of the whole tensor; KeyError if there is none."""
         return self._shapes[kind, name]
 
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """Of the stored tensor; KeyError if there is none."""
+        self._shape_of(kind, name)
+        return self._file(self._pieces[kind, name][0].file).dtype(name)
+
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of the flattened tensor, on the CPU.
 
@@ -123,25 +127,32 @@ class PieceReader:
         shape = self._shape_of(kind, name)
         return self.read_place(kind, name, ShardRange(shape, start, math.prod(shape) if stop is None else stop))
 
-    def read_place(self, kind: str, name: str, place: ShardRange | ShardStrips) -> Tensor:
+    def read_place(self, kind: str, name: str, place: ShardRange | ShardStrips, *, out: Tensor | None = None) -> Tensor:
         """What a rank owns of a tensor, flat, on the CPU. Raises as `read`.
 
         Strips out of a range read all that lies between them.
+
+        Args:
+            out: a flat contiguous CPU tensor of the stored dtype to fill, instead of a new one.
         """
         self._shape_of(kind, name)
         missing = runs_of(place.strips)
-        out, total, stop = None, int(missing.length.sum()), missing.stop
+        total, stop = int(missing.length.sum()), missing.stop
         for stored in sorted(self._pieces[kind, name]):
             if not len(missing.start) or stored.stop <= missing.start[0] or stored.start >= missing.stop:
                 continue
             found, missing = overlap(missing, runs_of(stored.strips))
             if not len(found.length):
                 continue
+            file = self._file(stored.file)
+            out = torch.empty(total, dtype=file.dtype(name)) if out is None else out
+            if len(found.length) == 1:
+                target = int(found.target[0])
+                file.read_into(out[target : target + int(found.length[0])], name, int(found.source[0]))
+                continue
             low, high = int(found.source.min()), int((found.source + found.length).max())
-            part = self._slice(stored.file, name, low, high)
-            if len(found.length) == 1 and high - low == total:
-                return part
-            out = part.new_empty(total) if out is None else out
+            part = torch.empty(high - low, dtype=out.dtype)
+            file.read_into(part, name, low)
             copy_runs(out, part, found.moved(-low))
         if len(missing.start):
             gap = f"elements {missing.start[0]} to {stop} of {math.prod(self._shapes[kind, name])}"
@@ -157,15 +168,10 @@ class PieceReader:
         """The whole tensor in its shape."""
         return self.read(kind, name).reshape(self.shape(kind, name))
 
-    def _slice(self, file: str, name: str, start: int, stop: int) -> Tensor:
-        if file not in self._open:
-            path = self.folder / file
-            try:
-                self._open[file] = safe_open(path, framework="pt")
-            except Exception as problem:  # safetensors raises its own type and plain OSError
-                raise OSError(f"{str(path)!r} cannot be read ({problem}); take an earlier checkpoint") from problem
-        handle = self._open[file].get_slice(name)
-        return handle[start:stop] if handle.get_shape() else self._open[file].get_tensor(name).reshape(1)
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._open:
+            self._open[name] = TensorFile(self.folder / name)
+        return self._open[name]
 
 
 def pieces_of(kind: str, tensors: Mapping[str, Tensor], ranges: Mapping[str, ShardRange | ShardStrips]) -> list[Piece]:

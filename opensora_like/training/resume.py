@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from opensora_like.checkpoint import layout
-from opensora_like.checkpoint.facts import check_order, read_state
+from opensora_like.checkpoint.facts import check_order
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.weights import LoadReport
 from opensora_like.runtime import logger
@@ -21,18 +22,19 @@ def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, 
     check_load_settings(cfg, restart=restart)
     if cfg.load is None:
         return TrainState()
-    source = checkpoints.newest_intact() if cfg.load == "latest" else layout.find_checkpoint(cfg.load, folder)
-    checkpoints.check_files(source)
-    if cfg.load_weights_only:
-        log_report(f"weights of {source}", checkpoints.load_weights(source, strict=cfg.load_strict))
-        return TrainState()
-    if not restart:
-        check_order(read_state(source), checkpoints.order, source)
-    state = checkpoints.load(source)
-    if restart:
-        state.epoch, state.micro_batch = cfg.start_epoch or 0, (cfg.start_step or 0) * micro_per_step
-    logger.info("loaded %s: step %d epoch %d micro_batch %d", source, state.step, state.epoch, state.micro_batch)
-    return state
+
+    def load(source: Path) -> TrainState:
+        if cfg.load_weights_only:
+            log_report(f"weights of {source}", checkpoints.load_weights(source, strict=cfg.load_strict))
+            return TrainState()
+        check = None if restart else partial(check_order, order=checkpoints.order, folder=source)
+        state = checkpoints.load(source, check=check)
+        if restart:
+            state.epoch, state.micro_batch = cfg.start_epoch or 0, (cfg.start_step or 0) * micro_per_step
+        logger.info("loaded %s: step %d epoch %d micro_batch %d", source, state.step, state.epoch, state.micro_batch)
+        return state
+
+    return checkpoints.newest_intact(load) if cfg.load == "latest" else load(layout.find_checkpoint(cfg.load, folder))
 
 
 def check_load_settings(cfg: RunConfig, *, restart: bool) -> None:

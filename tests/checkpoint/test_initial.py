@@ -53,5 +53,6 @@ def test_what_cannot_be_repeated_is_known() -> None:
     known = {name for name, parameter in parameters.items() if initial.knows(parameter)}
     assert known == {"table", "late.weight", "late.bias"}
     assert (initial.maker("table", parameters["table"])() - 1000).abs().mean() < 1
+    assert [name for name in sorted(known) if initial.is_drawn(parameters[name])] == ["late.weight", "table"]
     assert (initial.maker("late.bias", parameters["late.bias"])() == 7).all()
     assert 0.03 < initial.maker("late.weight", parameters["late.weight"])().std() < 0.2

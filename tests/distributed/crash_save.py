@@ -99,8 +99,7 @@ def second_life(run: Path, rank: int, *, expected: list[int]) -> None:
         layout.recover(run)
     dist.barrier()
     manager = make_manager(run)
-    folder = manager.newest_intact()
-    state = manager.load(folder)
+    state = manager.newest_intact(manager.load)
     assert state.step in expected and state.micro_batch == 2 * state.step, (state, expected)
     assert holds_step(manager, state.step), f"not the tensors of step {state.step}"
     save(manager, 3)

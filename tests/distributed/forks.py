@@ -6,6 +6,7 @@ The parent must not have made a process group, nor run a backward: forks keep no
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -68,14 +69,22 @@ class World:
             if rank not in self.statuses:
                 os.kill(self.pids[rank], signal.SIGKILL)
 
-    def join(self, timeout_seconds: float = 120.0) -> list[int]:
+    def join(self, timeout_seconds: float = 120.0, *, grace_seconds: float = math.inf) -> list[int]:
         """Wait for all. Returns: exit codes, negative for signals.
+
+        Args:
+            grace_seconds: once one was killed, the others are killed after this time, as a launcher does. A rank that
+                makes a process group does not hear that its peer is gone.
 
         Raises:
             TimeoutError: some did not end; they are killed.
         """
-        deadline = time.monotonic() + timeout_seconds
+        deadline, patience = time.monotonic() + timeout_seconds, math.inf
         while not self.poll():
+            if patience == math.inf and any(code < 0 for code in self.statuses.values()):
+                patience = time.monotonic() + grace_seconds
+            if time.monotonic() > patience:
+                self.kill(list(range(len(self.pids))))
             if time.monotonic() > deadline:
                 left = [r for r in range(len(self.pids)) if r not in self.statuses]
                 self.kill(left)
