@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from opensora_like.models.mmdit import convert
+from opensora_like.models.mmdit.diffusers_layout import from_diffusers, is_diffusers
 
 PREFIXES = ("model.diffusion_model.", "module.")
 
@@ -24,6 +25,7 @@ class Options(Protocol):
 def adapt(weights: Mapping[str, Tensor], options: Options) -> tuple[dict[str, Tensor], list[str]]:
     """Weights under the names and in the layout of a model with these options.
 
+    - The names of diffusers' FLUX transformer become those of the published file.
     - Queries, keys and values are split or joined. Files say by their names which they are, but not in which order
       the rotated pairs are: it is taken to be the published one (joined: (2i, 2i + 1) as FLUX; split: halves as
       Open-Sora v2) where the layouts of file and model differ, and the model's own where they do not.
@@ -56,6 +58,13 @@ def _without_prefix(weights: Mapping[str, Tensor], notes: list[str]) -> dict[str
 
 
 def _in_layout(weights: dict[str, Tensor], options: Options, notes: list[str]) -> dict[str, Tensor]:
+    if is_diffusers(weights):
+        weights = from_diffusers(weights)
+        notes.append("names of diffusers' FLUX transformer changed to those of the published file")
+        if not options.fused_qkv and not options.use_liger_rope:
+            return convert.split_qkv(weights)  # without the guess below: the order of diffusers is known
+        if options.fused_qkv and options.use_liger_rope:
+            return convert.to_liger_rope(weights)
     fused = convert.is_fused(weights)
     if fused is None or fused == options.fused_qkv:
         return weights
