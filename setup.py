@@ -20,5 +20,5 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["opensora_like", "opensora_like.*"]),
     install_requires=requirements("base"),
-    extras_require={"test": requirements("test"), "wandb": ["wandb"], "ray": ["ray"]},
+    extras_require={"test": requirements("test"), "wandb": ["wandb"], "ray": requirements("ray")},
 )

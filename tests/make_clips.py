@@ -131,3 +131,19 @@ def write_sound(path: Path, seconds: float = 0.5) -> Path:
     with av.open(str(path), "w") as container:
         _write_tone(container, container.add_stream("aac", rate=16000, layout="mono"), seconds=seconds)
     return path
+
+
+def note_decoded(monkeypatch) -> list[int]:
+    """The time stamps of the frames that `video_io` decodes from now on, as they come."""
+    from opensora_like.datasets import video_io
+
+    decoded: list[int] = []
+    original = video_io._decode
+
+    def noting(container, stream):
+        for frame in original(container, stream):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video_io, "_decode", noting)
+    return decoded

@@ -1,11 +1,13 @@
 """Measure what a large table costs: cutting, the first start, the next epoch, memory, and reading with workers.
 
-python tools/bench_data.py [--rows 100000000] [--folder /tmp/bench_data] [--keep]
+python tools/bench_data.py [--rows 100000000] [--folder /tmp/bench_data] [--keep] [--clips 12]
 
 Prints one json object. "first_start" reads and checks every shard, finds the class of every row and lays out epoch 0;
 "next_epoch" is what every later epoch begins with; "restart" is a process that finds the index on disk.
 Memory is the highest resident set without the pages of mapped files, which the system takes back when it needs them;
 that of workers is the proportional set, in which a page that n processes share counts 1/n to each.
+"reading" is CPU time per clip of 33 frames in a row, somewhere in a file of 480, with one decoder thread, beside that
+of torchcodec where it is installed. --rows 0 measures this only, --clips 0 leaves it out.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,8 @@ from opensora_like.datasets.cost import CostModel, Grid
 from opensora_like.datasets.plan import build_plan
 from opensora_like.datasets.shard_writer import ROWS_PER_SHARD, write_pieces
 from opensora_like.datasets.shards import ShardedTable
+from opensora_like.datasets.video_io import read_frames, write_video
+from tools.bench_meta import WINDOW, moving_frames
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/_base_/buckets_stage1.py"
 OPTIONS = {"fps_max": 24.0, "seed": 42}
@@ -162,13 +167,63 @@ def worker_memory(folder: Path, num_workers: int, num_batches: int) -> dict:
     }
 
 
+def clip_readers() -> dict[str, Callable[[Path, int], np.ndarray]]:
+    """Name -> what reads `WINDOW` frames from a number on, uint8 [T, H, W, 3]."""
+    readers = {"ours": lambda path, begin: read_frames(path, range(begin, begin + WINDOW))}
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError, OSError) as problem:  # the last two: without FFmpeg's libraries, or with others
+        print(f"torchcodec is left out: {str(problem).splitlines()[0]}", file=sys.stderr)
+        return readers
+    for mode in ("exact", "approximate"):
+
+        def read(path: Path, begin: int, mode: str = mode) -> np.ndarray:
+            decoder = VideoDecoder(str(path), num_ffmpeg_threads=1, dimension_order="NHWC", seek_mode=mode)
+            return decoder.get_frames_in_range(begin, begin + WINDOW).data.numpy()
+
+        readers[f"torchcodec_{mode}"] = read
+    return readers
+
+
+def reading(num_clips: int, *, num_frames: int = 480, rounds: int = 3) -> dict:
+    """CPU milliseconds per clip, the median of all clips and rounds, and how far the pixels are from ours."""
+    found: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        frames = moving_frames(96, 360, 640)[np.arange(num_frames) % 96]
+        path = Path(folder) / "clip.mp4"
+        write_video(path, frames, 24)
+        begins = np.random.default_rng(0).integers(0, num_frames - WINDOW + 1, num_clips).tolist()
+        readers = clip_readers()
+        wanted = readers["ours"](path, begins[0]).astype(int)
+        spent: dict[str, list[float]] = {name: [] for name in readers}
+        for name, read in readers.items():
+            found[name] = {"most_different_pixel": int(np.abs(read(path, begins[0]) - wanted).max())}
+        for _ in range(rounds):
+            for begin in begins:
+                for name, read in readers.items():  # in turn, so that what else the machine does hits all alike
+                    began = time.process_time()
+                    read(path, begin)
+                    spent[name].append(time.process_time() - began)
+    return {name: {"cpu_ms_per_clip": round(1e3 * float(np.median(spent[name])), 1), **found[name]} for name in found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bench_data"))
     parser.add_argument("--keep", action="store_true", help="leave the shards, and use those that are there")
+    parser.add_argument("--clips", type=int, default=12, help="windows that are read")
     args = parser.parse_args()
     found: dict[str, object] = {"rows": args.rows, "cores": os.cpu_count()}
+    if args.clips:
+        found["reading"] = reading(args.clips)
+    if args.rows:
+        measure_table(args, found)
+    print(json.dumps(found, indent=1))
+
+
+def measure_table(args: argparse.Namespace, found: dict[str, object]) -> None:
+    """Add what a table of so many rows costs."""
     if not args.folder.exists():
         args.folder.mkdir(parents=True)
         began = time.perf_counter()
@@ -185,7 +240,6 @@ def main() -> None:
     found["next_epoch"] = in_process(args.folder, 1)
     found["restart"] = in_process(args.folder, 1)
     found["workers"] = {n: worker_memory(args.folder, n, 200) for n in (1, 4)}
-    print(json.dumps(found, indent=1))
     if not args.keep:
         shutil.rmtree(args.folder)
 

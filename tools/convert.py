@@ -1,13 +1,18 @@
-"""Convert weights between layouts: of a training checkpoint, a safetensors file, or a folder of shards.
+"""Convert weights between layouts, of a training checkpoint, a safetensors file or a folder of shards; and configs.
 
 python tools/convert.py IN OUT --model mmdit --to split [--rope interleaved:liger] [--raw] [--dtype bf16]
 python tools/convert.py IN OUT --model wan --to original
+python tools/convert.py config SEED.yaml OUT.py [--bucket 480x832x81]
 
-Layouts of mmdit: `fused` (one linear for queries, keys, values: the names of the published Open-Sora weights) and
-`split`; which one IN has is seen from its names. `--rope OLD:NEW` reorders the rotated pairs of queries and keys
-between `interleaved` and `liger`; nothing in a file says which it has. Layouts of wan: `diffusers` (this program's own,
+Layouts of mmdit: `fused` (one linear for queries, keys, values: the names of the published Open-Sora weights), `split`,
+and `diffusers` (of its FLUX transformer: models without visual condition); which one IN has is seen from its names.
+`--rope OLD:NEW` reorders the rotated pairs of queries and keys between `interleaved` and `liger`; nothing in a file
+says which it has, but in diffusers they are always interleaved. Layouts of wan: `diffusers` (this program's own,
 and that of the published folders) and `original` (the single files). A training checkpoint gives its EMA where it has
 one, with --raw its weights.
+
+`config` writes the settings of a NeMo DFM or Automodel YAML of Wan as a config, and lists each key that has no
+counterpart with the reason.
 """
 
 from __future__ import annotations
@@ -24,14 +29,21 @@ from torch import Tensor
 from opensora_like.checkpoint.export import export_weights, parse_size
 from opensora_like.checkpoint.weights import read_weights
 from opensora_like.cli import run_guarded
+from opensora_like.config import read_config
 from opensora_like.models.mmdit import convert as mmdit
+from opensora_like.models.mmdit.diffusers_layout import from_diffusers, is_diffusers, to_diffusers
 from opensora_like.models.wan import convert as wan
 from opensora_like.runtime import DTYPES
+from opensora_like.training.import_yaml import config_source, import_config, read_yaml
 
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 # model -> layout -> what brings either layout to it; each leaves weights that have it as they are
 LAYOUTS: dict[str, dict[str, Convert]] = {
-    "mmdit": {"fused": mmdit.fuse_qkv, "split": mmdit.split_qkv},
+    "mmdit": {
+        "fused": lambda weights: mmdit.fuse_qkv(from_diffusers(weights)),
+        "split": lambda weights: mmdit.split_qkv(from_diffusers(weights)),
+        "diffusers": to_diffusers,
+    },
     "wan": {"diffusers": wan.to_diffusers, "original": lambda weights: wan.to_original(wan.to_diffusers(weights))},
 }
 ROPES: dict[str, Convert] = {
@@ -52,8 +64,9 @@ def convert(weights: Mapping[str, Tensor], *, model: str, to: str, rope: str | N
         raise ValueError(f"--rope {rope!r}: only mmdit has two orders of rotated pairs; remove it")
     if not any(name.split(".")[-1] in ("weight", "bias") and "blocks." in name for name in weights):
         raise ValueError(f"no weights of {model} blocks among {len(weights)} tensors: {sorted(weights)[:3]}")
-    converted = LAYOUTS[model][to](weights)
-    return converted if rope is None else ROPES[rope](converted)
+    if rope is not None and is_diffusers(weights):
+        raise ValueError(f"--rope {rope!r}: in diffusers' layout the pairs are interleaved; convert without it first")
+    return LAYOUTS[model][to](weights if rope is None else ROPES[rope](weights))
 
 
 class _Loaded(dict[str, Tensor]):
@@ -63,7 +76,32 @@ class _Loaded(dict[str, Tensor]):
         return self[name].numel()
 
 
+def prepare_config(arguments: list[str]) -> Callable[[], int]:
+    """The command ``config``."""
+    parser = argparse.ArgumentParser(prog="convert.py config", description="A NeMo YAML of Wan as a config.")
+    parser.add_argument("source", type=Path, help="the YAML")
+    parser.add_argument("out", type=Path, help="the config to write, .py; it must not exist")
+    parser.add_argument("--bucket", default="480x832x81", help="height x width x frames of the clips")
+    given = parser.parse_args(arguments)
+    if given.out.suffix != ".py" or given.out.exists():
+        raise ValueError(f"{str(given.out)!r} must be a new file that ends in .py")
+    imported = import_config(read_yaml(given.source), bucket=given.bucket)
+    text = config_source(imported, source=given.source.name)
+
+    def work() -> int:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(text)
+        read_config(given.out)
+        print("\n".join(imported.lines()))
+        print(f"wrote {given.out}: {len(imported.carried)} keys carried, {len(imported.lost)} left out")
+        return 0
+
+    return work
+
+
 def prepare(arguments: list[str]) -> Callable[[], int]:
+    if arguments[:1] == ["config"]:
+        return prepare_config(arguments[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a checkpoint, a run's folder (its newest one), a file or a folder of shards")
     parser.add_argument("out", type=Path, help="a folder")

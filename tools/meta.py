@@ -1,6 +1,7 @@
 """Measure the clips of a table: adds height, width, fps, num_frames, aspect_ratio and resolution to every row.
 
 python tools/meta.py --input clips.csv --output clips_meta.csv [--num_workers N] [--resume]
+python tools/meta.py --input clips.csv --output clips_meta.csv --engine ray          on all machines of a ray cluster
 
 --input is a csv, parquet, json or jsonl file with the column `path` (looked up from the current folder, then from the
 folder of the table), or a folder. A folder is searched with all below it for videos and images; the caption of a.mp4 is
@@ -17,27 +18,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import multiprocessing
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from multiprocessing import connection
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, get_args
 
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:  # works from a checkout that is not installed
     sys.path.insert(0, ROOT)
 
-from opensora_like.datasets.video_io import (  # noqa: E402
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    BadSample,
-    find_file,
-    probe,
-)
+from opensora_like.datasets.clip_facts import Engine, Journal, Result, check_engine, measure_all  # noqa: E402
+from opensora_like.datasets.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_file  # noqa: E402
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,26 +37,7 @@ if TYPE_CHECKING:
 MEASURED = ("height", "width", "fps", "num_frames", "aspect_ratio", "resolution")
 READABLE = (".csv", ".parquet", ".json", ".jsonl")
 WRITABLE = (".csv", ".parquet")
-START_SECONDS = 60.0  # a worker's first file waits for its imports
 CAPTION_TABLES = ("captions.csv", "metadata.csv")
-
-
-class Result(NamedTuple):
-    """Of one file: what was measured, or why nothing was."""
-
-    num_frames: int = 0
-    height: int = 0
-    width: int = 0
-    fps: float = math.nan
-    problem: str = ""
-
-
-def measure(file: str) -> Result:
-    """Measure one file; a bad one is a result too."""
-    try:
-        return Result(*probe(file))
-    except BadSample as problem:
-        return Result(problem=problem.reason)
 
 
 def read_input(path: Path) -> pd.DataFrame:
@@ -135,143 +108,6 @@ def _read_captions(folder: Path) -> dict[str, str]:
     return {Path(name).as_posix(): text for name, text in zip(table[names[0]], table[names[1]], strict=True)}
 
 
-def measure_all(
-    files: list[str], *, num_workers: int, timeout_seconds: float, engine: str = "processes"
-) -> Iterator[tuple[str, Result]]:
-    """Measure files, in any order.
-
-    Args:
-        num_workers: processes; 0 is this one.
-        timeout_seconds: for one file. A worker that is late is ended and replaced (not in this process, where
-            only a read that blocks is noticed, nor with pandarallel).
-        engine: "processes" or "pandarallel".
-    """
-    if num_workers == 0 or not files:
-        yield from ((file, measure(file)) for file in files)
-    elif engine == "pandarallel":
-        yield from _measure_with_pandarallel(files, num_workers)
-    else:
-        yield from _measure_in_processes(files, min(num_workers, len(files)), timeout_seconds)
-
-
-def _measure_with_pandarallel(files: list[str], num_workers: int) -> Iterator[tuple[str, Result]]:
-    import pandas as pd
-
-    pandarallel = _import_pandarallel()
-    pandarallel.initialize(nb_workers=num_workers, progress_bar=False, verbose=1)
-    yield from zip(files, pd.Series(files).parallel_apply(measure), strict=True)
-
-
-def _import_pandarallel() -> Any:
-    import pandas as pd
-
-    try:
-        from pandarallel import pandarallel
-    except ImportError as problem:  # 1.6.5 and pandas 3.1, for one
-        raise ValueError(
-            f"--engine pandarallel: it cannot be imported beside pandas {pd.__version__} ({problem}); "
-            f"use --engine processes"
-        ) from problem
-    return pandarallel
-
-
-class _Worker:
-    """A process that measures what it is sent."""
-
-    def __init__(self, context: Any) -> None:
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other,), daemon=True)
-        self.process.start()
-        other.close()  # so that the end of the process closes the pipe
-        self.file = ""
-        self.deadline = math.inf
-
-    def send(self, file: str, timeout_seconds: float) -> None:
-        self.file, self.deadline = file, time.monotonic() + timeout_seconds
-        self.pipe.send(file)
-
-    def receive(self) -> Result | None:
-        """What was measured; None if the process has died over it."""
-        try:
-            return self.pipe.recv()
-        except (EOFError, ConnectionError):
-            return None
-
-    def end(self) -> None:
-        self.pipe.close()
-        self.process.kill()
-        self.process.join()
-
-
-def _work(pipe: Any) -> None:
-    while True:
-        try:
-            file = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        pipe.send(measure(file))
-
-
-def _measure_in_processes(files: list[str], num_workers: int, timeout: float) -> Iterator[tuple[str, Result]]:
-    context = multiprocessing.get_context("spawn")  # libav and arrow have threads, which do not survive a fork
-    waiting = iter(files)
-    workers = [_Worker(context) for _ in range(num_workers)]
-    busy: list[_Worker] = []
-
-    def give(worker: _Worker) -> None:
-        file = next(waiting, None)
-        if file is None:
-            worker.end()
-        else:
-            worker.send(file, timeout + (START_SECONDS if not worker.file else 0))
-            busy.append(worker)
-
-    try:
-        for worker in workers:
-            give(worker)
-        while busy:
-            left = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-            ready = connection.wait([worker.pipe for worker in busy], timeout=left)
-            for worker in [w for w in busy if w.pipe in ready or w.deadline <= time.monotonic()]:
-                busy.remove(worker)
-                result = worker.receive() if worker.pipe in ready else Result(problem=f"took over {timeout:g} s")
-                yield worker.file, result or Result(problem="the process that read it crashed")
-                if worker.pipe not in ready or result is None:
-                    worker.end()
-                    worker = _Worker(context)
-                give(worker)
-    finally:
-        for worker in busy:
-            worker.end()
-
-
-class Journal:
-    """What was measured so far, one line of json per file, so that a run that was cut off can go on."""
-
-    def __init__(self, path: Path, *, resume: bool) -> None:
-        self.path = path
-        self.results: dict[str, Result] = {}
-        if resume and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    file, *values = json.loads(line)
-                except json.JSONDecodeError:  # the line that was being written when the run ended
-                    continue
-                self.results[file] = Result(*(math.nan if value is None else value for value in values))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a" if resume else "w", encoding="utf-8")
-
-    def add(self, file: str, result: Result) -> None:
-        self.results[file] = result
-        values = [None if isinstance(value, float) and math.isnan(value) else value for value in result]
-        self.file.write(json.dumps([file, *values]) + "\n")
-        self.file.flush()
-
-    def remove(self) -> None:
-        self.file.close()
-        self.path.unlink()
-
-
 def add_columns(table: pd.DataFrame, results: list[Result]) -> pd.DataFrame:
     """The rows that could be read, the measured columns after the others.
 
@@ -320,8 +156,7 @@ def run(options: argparse.Namespace, *, show: Callable[..., Any]) -> int:
         raise ValueError(f"--output {str(target)!r}: the suffix is not one of {WRITABLE}")
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"--output {str(target)!r} is the input, whose unreadable rows would be lost; choose another")
-    if options.engine == "pandarallel":
-        _import_pandarallel()
+    check_engine(options.engine)
     table = read_input(source)
     table_path = source if source.is_file() else Path.cwd() / "table.csv"  # rows of a folder start here
     files = [find_file(path, table_path=table_path) for path in table["path"]]
@@ -370,11 +205,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_workers", "--num-workers", type=int, help="processes; default all cores, 0 is this one")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
     parser.add_argument("--timeout_seconds", "--timeout-seconds", type=float, default=60.0, help="for one file")
-    parser.add_argument("--engine", choices=["processes", "pandarallel"], default="processes")
+    parser.add_argument("--engine", choices=get_args(Engine), default="processes")
     options = parser.parse_args(arguments)
-    if options.num_workers is None:
-        options.num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if options.num_workers < 0 or not options.timeout_seconds > 0:
+    if options.engine == "ray" and options.num_workers == 0:
+        parser.error("--num_workers 0 is this process, which --engine ray does not use; leave it out or give 1 or more")
+    if (options.num_workers or 0) < 0 or not options.timeout_seconds > 0:
         parser.error("--num_workers must be 0 or more, --timeout_seconds above 0")
     return options
 

@@ -29,10 +29,11 @@ from opensora_like.datasets.balance import Balance, balance_plan, utilisation
 from opensora_like.datasets.bucket import Buckets, compile_buckets
 from opensora_like.datasets.cost import COEFFICIENTS, CostModel, Grid, Measured, calibrate
 from opensora_like.datasets.plan import EpochPlan, build_plan, steps_in_epoch
-from opensora_like.datasets.table import read_table
+from opensora_like.datasets.video_text import open_table
 from opensora_like.registry import MODELS, build, fit_arguments
 from opensora_like.settings import RunConfig
 from opensora_like.training import measure, resources
+from opensora_like.training.batch_size import with_batch_sizes
 
 WORLDS = (8, 64)  # at which utilisation is always printed
 UNIFORM_MICRO_BATCHES = 20_000
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Args: arguments: of the command line, None for this process'. Returns: the exit code."""
     args, overrides = parse_arguments(arguments)
     try:
-        cfg = read_config(args.config, overrides, schema=RunConfig).config
+        cfg = with_batch_sizes(read_config(args.config, overrides, schema=RunConfig).config, args.world_size)
         return run(args, cfg)
     except (ValueError, FileNotFoundError) as problem:
         print(f"plan.py: {problem}", file=sys.stderr)
@@ -243,13 +244,14 @@ def _plan(cfg: RunConfig, buckets: Buckets, grid: Grid) -> tuple[EpochPlan, str]
     path = cfg.dataset.get("data_path")
     if path and Path(path).exists():
         fps_max = cfg.dataset.get("fps_max", 24.0)
-        plan = build_plan(read_table(path), buckets, fps_max=fps_max, seed=cfg.seed, epoch=0)
+        table = open_table(path, memory_efficient=False, with_motion=False)
+        plan = build_plan(table, buckets, fps_max=fps_max, seed=cfg.seed, epoch=0)
         return plan, f"epoch 0 of {path}"
     return resources.uniform_plan(buckets, UNIFORM_MICRO_BATCHES), "no table, clips of uniform length"
 
 
 def measure_steps(args: argparse.Namespace, cfg: RunConfig, buckets: Buckets, grid: Grid) -> int:
-    """Time forward and backward of the denoiser for one shape of every rung; append to the file."""
+    """Time forward and backward of the denoiser for one shape of every rung, in two batch sizes; append to the file."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     section = {k: v for k, v in cfg.model.items() if k != "from_pretrained"}
@@ -259,19 +261,18 @@ def measure_steps(args: argparse.Namespace, cfg: RunConfig, buckets: Buckets, gr
     done: set[str] = set()
     with Path(args.measure).open("a") as file:
         for bucket, shape in enumerate(buckets.shapes):
-            batch_size = int(buckets.batch_sizes[bucket])
-            if buckets.name(bucket) in done or batch_size * grid.tokens(shape) > args.max_tokens:
+            full = int(buckets.batch_sizes[bucket])
+            if buckets.name(bucket) in done or full * grid.tokens(shape) > args.max_tokens:
                 continue
             done.add(buckets.name(bucket))
             latents = autoencoder.latent_shape(shape.num_frames, shape.height, shape.width)[1:]
-            inputs = measure.example_inputs(model, latents, text_length=text_length, batch_size=batch_size)
-            record = {
-                **shape._asdict(),
-                "batch_size": batch_size,
-                "seconds": _time(model, inputs, device, repeats=args.repeats),
-            }
-            print(json.dumps(record), file=file, flush=True)
-            print(f"{buckets.name(bucket)} batch {batch_size} seconds {record['seconds']:.4f}")
+            for batch_size in (full, full // 2 or 2):  # tells what is per micro-batch; and few buckets are enough then
+                inputs = measure.example_inputs(model, latents, text_length=text_length, batch_size=batch_size)
+                seconds = _time(model, inputs, device, repeats=args.repeats)
+                print(
+                    json.dumps({**shape._asdict(), "batch_size": batch_size, "seconds": seconds}), file=file, flush=True
+                )
+                print(f"{buckets.name(bucket)} batch {batch_size} seconds {seconds:.4f}")
     return 0
 
 

@@ -15,11 +15,12 @@ from opensora_like.registry import nearest
 RATIOS = ("2.39:1", "2:1", "16:9", "1.85:1", "9:16", "5:8", "3:2", "4:3", "1:1")
 Shape = tuple[int, int]
 
+_SIZES = re.compile(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*")
 _NAME = re.compile(r"(?P<size>[1-9]\d*)(?P<unit>px|p)(?:_(?P<only>max|ar.+))?")
 
 
 def num_pixels(name: str) -> int:
-    """Pixels of one frame: "256px" is 256*256, "720p" is 720*1280; a suffix changes nothing.
+    """Pixels of one frame: "256px" is 256*256, "720p" is 720*1280, a suffix changes nothing. Of sizes the smallest.
 
     Raises:
         ValueError: not a resolution name.
@@ -37,7 +38,8 @@ def shape_table(name: str, *, multiple: int, training: bool = True) -> dict[str,
     """The shapes of one resolution, by the name of their aspect ratio.
 
     Args:
-        name: "256px", "720p"; with "_ar16:9" that ratio alone, with "_max" the ratio of most pixels alone.
+        name: "256px", "720p"; with "_ar16:9" that ratio alone, with "_max" the ratio of most pixels alone. Or
+            sizes, height x width: "480x832", "480x832,832x480", which are the shapes.
         multiple: both sides are multiples of it, in pixels: the autoencoder's stride times the patch size.
         training: sides are moved by one `multiple` where this comes nearer to the pixel count, and
             ratios that would repeat a shape are left out. False keeps all 15 names, as at inference.
@@ -45,12 +47,14 @@ def shape_table(name: str, *, multiple: int, training: bool = True) -> dict[str,
     Returns: ratio name (width:height) -> (height, width), in the order in which ties are resolved.
 
     Raises:
-        ValueError: not a resolution name, a ratio it does not have, or smaller than `multiple` allows.
+        ValueError: not a resolution name, a ratio it does not have, or sides that `multiple` does not allow.
 
     Source: Open-Sora v2, opensora/datasets/aspect.py (both tables kept compatible).
     """
     if not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"multiple={multiple!r} must be a whole number of pixels, 1 or more")
+    if sizes := _sizes(name):
+        return _shapes_of(name, sizes, multiple)
     pixels, only = _parse(name)
     table = _training_table(pixels, multiple) if training else _inference_table(pixels, multiple)
     smallest = min(min(shape) for shape in table.values())
@@ -112,10 +116,29 @@ def _limit(low: float, high: float, low_wins_ties: bool) -> float:
     return x
 
 
+def _sizes(name: str) -> list[Shape]:
+    if not isinstance(name, str) or not _SIZES.fullmatch(name):
+        return []
+    return [tuple(map(int, size.split("x"))) for size in name.split(",")]
+
+
+def _shapes_of(name: str, sizes: list[Shape], multiple: int) -> dict[str, Shape]:
+    for height, width in sizes:
+        if height % multiple or width % multiple:
+            raise ValueError(f"resolution {name!r}: {height} and {width} must both be multiples of {multiple}")
+    if len({height / width for height, width in sizes}) < len(sizes):
+        raise ValueError(f"resolution {name!r} has sizes of one ratio; make two resolutions of them")
+    return {f"{width}:{height}": (height, width) for height, width in sizes}
+
+
 def _parse(name: str) -> tuple[int, str | None]:
+    if sizes := _sizes(name):
+        return min(height * width for height, width in sizes), None
     match = _NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None:
-        raise ValueError(f"{name!r} is not a resolution; write '256px' or '720p', then '_ar16:9' or '_max' if wanted")
+        raise ValueError(
+            f"{name!r} is not a resolution; write '256px' or '720p', then '_ar16:9' or '_max' if wanted, or '480x832'"
+        )
     size = int(match["size"])
     return size * size if match["unit"] == "px" else int(size * size / 9 * 16), match["only"]
 

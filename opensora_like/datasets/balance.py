@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from opensora_like.datasets.index import make_folder_once, open_array
+from opensora_like.datasets.lazy import Column, Pieces
 from opensora_like.datasets.plan import EpochPlan, Position, steps_in_epoch
 from opensora_like.rng import uniform
 
@@ -72,37 +71,49 @@ def balance_plan(plan: EpochPlan, balance: Balance, *, seed: int) -> EpochPlan:
     """
     fingerprint = hashlib.blake2b(f"{plan.fingerprint}/{balance.fingerprint}".encode(), digest_size=16).hexdigest()
 
-    def reordered() -> dict[str, np.ndarray]:
-        order = balanced_order(balance._ranks()[plan.bucket_ids], balance, seed=seed, epoch=plan.epoch)
-        return {"starts": plan.starts[order], "bucket_ids": plan.bucket_ids[order]}
-
-    if plan.folder is None:
-        return replace(plan, **reordered(), fingerprint=fingerprint)
-
-    def write(folder: Path) -> None:
-        for name, array in reordered().items():
-            np.save(folder / f"{name}.npy", array)
-
-    folder = make_folder_once(plan.folder / f"balanced-{fingerprint[:16]}", write)
-    arrays = {name: open_array(folder / f"{name}.npy") for name in ("starts", "bucket_ids")}
-    return replace(plan, **arrays, fingerprint=fingerprint)
+    if isinstance(plan.starts, Column):
+        pieces = Pieces(len(plan), balance.window, _Balanced(plan, balance, seed))
+        return replace(plan, starts=pieces.column(0), bucket_ids=pieces.column(1), fingerprint=fingerprint)
+    order = balanced_order(balance._ranks()[plan.bucket_ids], balance, seed=seed, epoch=plan.epoch)
+    return replace(plan, starts=plan.starts[order], bucket_ids=plan.bucket_ids[order], fingerprint=fingerprint)
 
 
-def balanced_order(cost: np.ndarray, balance: Balance, *, seed: int, epoch: int) -> np.ndarray:
-    """Where to take each micro-batch from. Args: cost: numbers [N]. Returns: int64 [N], a permutation."""
+@dataclass(frozen=True, eq=False)
+class _Balanced:
+    """Computes windows of a balanced plan; a window depends on no other."""
+
+    plan: EpochPlan
+    balance: Balance
+    seed: int
+
+    def __call__(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        starts, bucket_ids = self.plan.starts[first:last], self.plan.bucket_ids[first:last]
+        cost = self.balance._ranks()[bucket_ids]
+        order = balanced_order(cost, self.balance, seed=self.seed, epoch=self.plan.epoch, first=first)
+        return starts[order], bucket_ids[order]
+
+
+def balanced_order(cost: np.ndarray, balance: Balance, *, seed: int, epoch: int, first: int = 0) -> np.ndarray:
+    """Where to take each micro-batch from.
+
+    Args:
+        cost: numbers [N]. first: number of the first of them in the epoch, a multiple of the window.
+
+    Returns: int64 [N], a permutation.
+    """
     group, num = balance.group, len(cost)
     in_groups = num - num % group
     in_windows = in_groups - in_groups % balance.window
     order = np.empty(num, np.int64)
-    for first, last, size in ((0, in_windows, balance.window), (in_windows, in_groups, in_groups - in_windows)):
-        if first == last:
+    for begin, end, size in ((0, in_windows, balance.window), (in_windows, in_groups, in_groups - in_windows)):
+        if begin == end:
             continue
-        by_cost = np.argsort(cost[first:last].reshape(-1, size), axis=1, kind="stable")
-        by_cost += np.arange(first, last, size)[:, None]
+        by_cost = np.argsort(cost[begin:end].reshape(-1, size), axis=1, kind="stable")
+        by_cost += np.arange(begin, end, size)[:, None]
         groups = by_cost.reshape(len(by_cost), -1, group)
-        draw = uniform(seed, "balance.groups", epoch, np.arange(first // group, last // group))
+        draw = uniform(seed, "balance.groups", epoch, np.arange((first + begin) // group, (first + end) // group))
         shuffled = np.argsort(draw.reshape(groups.shape[:2]), axis=1, kind="stable")
-        order[first:last] = np.take_along_axis(groups, shuffled[:, :, None], axis=1).ravel()
+        order[begin:end] = np.take_along_axis(groups, shuffled[:, :, None], axis=1).ravel()
     start = in_groups
     for bit in reversed(range(group.bit_length())):  # aligned runs: a tail of 41 is 32 + 8 + 1
         if (num - in_groups) >> bit & 1:

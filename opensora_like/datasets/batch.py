@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from opensora_like.datasets.bucket import BucketShape
@@ -18,7 +20,10 @@ class Sample:
     Args:
         row: index in the table; the counter of every random draw of this sample.
         video_CTHW: float32 in [-1, 1], or None where `latents_CTHW` were cached.
+        latents_std_CTHW: of the posterior whose mean `latents_CTHW` is, where it was cached.
         embeddings: cached text embeddings by condition name, each without a batch dimension.
+        references: cached latents of frames that were encoded alone, by end and number ("head1"); see
+            `conditioning.masks.visual_condition`.
     """
 
     row: int
@@ -26,7 +31,9 @@ class Sample:
     path: str
     video_CTHW: Tensor | None = None
     latents_CTHW: Tensor | None = None
+    latents_std_CTHW: Tensor | None = None
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    references: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,8 +54,25 @@ class Batch:
     paths: list[str]
     video_BCTHW: Tensor | None = None
     latents_BCTHW: Tensor | None = None
+    latents_std_BCTHW: Tensor | None = None
     embeddings: dict[str, Tensor] = field(default_factory=dict)
+    references: dict[str, Tensor] = field(default_factory=dict)
     bad: list[tuple[int, str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        alone = (self.video_BCTHW, self.latents_BCTHW, self.latents_std_BCTHW)
+        return [t for t in (*alone, *self.embeddings.values(), *self.references.values()) if t is not None]
+
+    def to(self, device: torch.device) -> Batch:
+        """On another device; from page-locked memory the copy is only queued."""
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+            elif name in ("embeddings", "references"):
+                moved[name] = {n: t.to(device, non_blocking=True) for n, t in value.items()}
+        return replace(self, **moved)

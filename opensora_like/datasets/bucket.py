@@ -16,8 +16,6 @@ from opensora_like.rng import uniform
 SMALLEST_SHARE = 0.8
 MAX_COUNT = 100_000  # frames or clips of a bucket; more is a slip of the pen
 CHUNK = 1 << 16  # rows at once: what is in hand stays in the cache
-# why a row has no bucket; `DropReport.codes` index this
-REASONS = ("kept", "invalid_numbers", "too_few_frames", "too_small", "no_image_bucket", "no_video_bucket", "lost_draw")
 
 
 class BucketShape(NamedTuple):
@@ -300,100 +298,3 @@ def _staying(rung: np.ndarray, rows: np.ndarray, resolution: Resolution, seed: i
 def _check_fps_max(fps_max: float | None) -> None:
     if fps_max is not None and not fps_max > 0:
         raise ValueError(f"fps_max={fps_max!r} must be above 0 frames per second, or None for no limit")
-
-
-class DropReport(NamedTuple):
-    """Why rows have no bucket.
-
-    Args:
-        codes: int8 [N], an index of `REASONS`; 0 where the row has a bucket.
-        counts: reason -> rows, without the reasons that did not occur.
-        advice: the same reasons -> one sentence with the count and the number to change.
-    """
-
-    codes: np.ndarray
-    counts: dict[str, int]
-    advice: dict[str, str]
-
-
-def drop_reasons(
-    num_frames: np.ndarray,
-    height: np.ndarray,
-    width: np.ndarray,
-    fps: np.ndarray,
-    buckets: Buckets,
-    ids: np.ndarray,
-    *,
-    fps_max: float | None,
-) -> DropReport:
-    """Say of each row that `assign` left out why, and which number would let it in.
-
-    Args:
-        ids: int32 [N], what `assign` returned for these columns.
-    """
-    out = np.flatnonzero(np.asarray(ids) < 0)
-    clips = _Clips.of(num_frames[out], height[out], width[out], fps[out], fps_max)
-    image = clips.frames == 1
-    needed = _frames_needed(clips, buckets)
-    shortest = min(r.fewest_video_frames for r in buckets.resolutions)
-    any_images = any(r.has_images for r in buckets.resolutions)
-    conditions = [  # the first that holds is the reason
-        ~clips.valid,
-        image & (not any_images),
-        ~image & np.isinf(shortest),
-        ~image & (clips.frames < shortest),
-        np.isinf(needed),
-        clips.frames < needed,
-    ]
-    names = ("invalid_numbers", "no_image_bucket", "no_video_bucket", "too_few_frames", "too_small", "too_few_frames")
-    why = np.select(conditions, [REASONS.index(n) for n in names], REASONS.index("lost_draw")).astype(np.int8)
-    codes = np.zeros(len(ids), np.int8)
-    codes[out] = why
-    counts = {
-        reason: n for reason, n in zip(REASONS, np.bincount(why, minlength=len(REASONS)).tolist(), strict=True) if n
-    }
-    needed = np.where(np.isinf(needed), shortest, needed)
-    advice = {}
-    for reason in counts:
-        these = np.flatnonzero(why == REASONS.index(reason))
-        group = _Clips(*(column[these] for column in clips))
-        advice[reason] = _advice(reason, out[these], group, needed[these], buckets, fps_max)
-    return DropReport(codes, counts, advice)
-
-
-def _frames_needed(clips: _Clips, buckets: Buckets) -> np.ndarray:
-    """Frames of the shortest bucket at a resolution that the clip is large enough for; infinite if none is."""
-    needed = np.full(len(clips.frames), np.inf)
-    for resolution in buckets.resolutions:
-        shortest = np.where(clips.frames == 1, 1 if resolution.has_images else np.inf, resolution.fewest_video_frames)
-        needed = np.where(clips.pixels >= resolution.smallest, np.minimum(needed, shortest), needed)
-    return needed
-
-
-def _advice(
-    reason: str, rows: np.ndarray, clips: _Clips, needed: np.ndarray, buckets: Buckets, fps_max: float | None
-) -> str:
-    """One sentence about the rows that share a reason."""
-    start = f"{len(rows)} {'clip' if len(rows) == 1 else 'clips'}: "
-    longest = int(np.argmax(clips.frames))
-    frames = clips.frames[longest]
-    if reason == "invalid_numbers":
-        return f"{start}num_frames, height, width or fps cannot be, first in row {rows[0]}; run tools/meta.py again"
-    if reason == "no_image_bucket":
-        return f"{start}single frames, and no resolution has a bucket of 1 frame; add 1: (1.0, batch size)"
-    if reason == "no_video_bucket":
-        return f"{start}videos, and there are only buckets of 1 frame; add one of {max(frames, 2)} frames or fewer"
-    if reason == "too_few_frames":
-        return (
-            f"{start}too few frames; the longest keeps {frames} at fps_max={fps_max!r} and its shortest bucket has "
-            f"{needed[longest]:.0f}; raise fps_max or add a bucket of {max(frames, 1)} frames or fewer"
-        )
-    if reason == "too_small":
-        largest = int(np.argmax(clips.pixels))
-        image = clips.frames[largest] == 1
-        kind = [r for r in buckets.resolutions if (r.has_images if image else r.fewest_video_frames < np.inf)]
-        return (
-            f"{start}too small; the largest has {clips.pixels[largest]:.0f} pixels and {kind[-1].name} begins at "
-            f"{kind[-1].smallest:.0f}; add a smaller resolution with {clips.frames[largest]} frames or fewer"
-        )
-    return f"{start}lost the draw of this epoch; raise the probabilities below 1 in bucket_config"

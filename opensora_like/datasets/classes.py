@@ -27,10 +27,17 @@ class RowClasses:
     def __post_init__(self) -> None:
         per_resolution = [_num_ratios(self.buckets, r) for r in self.buckets.resolutions]
         object.__setattr__(self, "_num_ratios", per_resolution)
-        object.__setattr__(self, "_settled", self._find_settled())
+        tried = [self._rung_and_ratio(place) for place in range(len(per_resolution))]
+        object.__setattr__(self, "_tried", tried)
 
-    def _find_settled(self) -> np.ndarray:
-        """int32 [classes], the bucket of every such row, -1 for none, or `UNSETTLED`."""
+    def _rung_and_ratio(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the bucket that each class tries at a resolution: int16 and int32 [classes]; rung -1 for none."""
+        ask = self.asks[:, place]
+        rung, ratio = np.divmod(ask - self.buckets.resolutions[place].first_id[0], self._num_ratios[place])
+        return np.where(ask >= 0, rung, -1).astype(np.int16), ratio.astype(np.int32)
+
+    def settled(self) -> np.ndarray:
+        """int32 [classes], the bucket of every such row in every epoch, -1 for none, or `UNSETTLED`."""
         settled = np.full(len(self.asks), UNSETTLED, np.int32)
         num_asks = (self.asks >= 0).sum(axis=1)
         settled[num_asks == 0] = -1
@@ -42,47 +49,33 @@ class RowClasses:
             settled[sure] = ask[sure]
         return settled
 
-    def draw(self, codes: np.ndarray, *, first_row: int, seed: int, epoch: int) -> np.ndarray:
+    def draw(self, codes: np.ndarray, rows: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
         """The same as `bucket.assign` for these rows.
 
         Args:
-            codes: integers [N], the class of each of the rows from `first_row` on.
+            codes: integers [N], the class of each row. rows: integers [N], their numbers in the table.
 
         Returns: int32 [N], an id of the buckets or -1.
         """
-        ids = self._settled[codes]
-        left = np.flatnonzero(ids == UNSETTLED)
-        ids[left] = -1
+        ids = np.full(len(codes), -1, np.int32)
+        left = np.arange(len(codes))
         for place, resolution in enumerate(self.buckets.resolutions):
             if not len(left):
                 break
-            ask = self.asks[codes[left], place]
-            here = np.flatnonzero(ask >= 0)
-            among = left[here]
-            rung, ratio = np.divmod(ask[here] - resolution.first_id[0], self._num_ratios[place])
-            rung = _after_skips(rung.astype(np.int16), among + first_row, resolution, seed, epoch)
+            rung_of, ratio_of = self._tried[place]
+            rung = rung_of[codes[left]]
             here = np.flatnonzero(rung >= 0)
-            among, rung, ratio = among[here], rung[here], ratio[here]
-            here = _staying(rung, among + first_row, resolution, seed, epoch)
-            among, rung, ratio = among[here], rung[here], ratio[here]
-            ids[among] = resolution.first_id[rung] + ratio
-            left = left[np.flatnonzero(ids[left] < 0)]
+            among, rung = left[here], rung[here]
+            if resolution.skip.any():
+                rung = _after_skips(rung, rows[among], resolution, seed, epoch)
+                here = np.flatnonzero(rung >= 0)
+                among, rung = among[here], rung[here]
+            here = _staying(rung, rows[among], resolution, seed, epoch)
+            among, rung = among[here], rung[here]
+            ids[among] = resolution.first_id[rung] + ratio_of[codes[among]]
+            if place + 1 < len(self._tried):
+                left = left[np.flatnonzero(ids[left] < 0)]
         return ids
-
-    def expected_rows(self, rows_per_class: np.ndarray) -> np.ndarray:
-        """About how many rows each bucket has in an epoch, never too few. Returns: int64 [buckets]."""
-        most = np.zeros(len(self.buckets), np.int64)
-        for place, resolution in enumerate(self.buckets.resolutions):
-            ask, count = self.asks[:, place], rows_per_class
-            rung = (ask - resolution.first_id[0]) // self._num_ratios[place]
-            while (asking := ask >= 0).any():
-                np.add.at(most, ask[asking], count[asking])
-                skipping = asking & (resolution.skip[np.where(asking, rung, 0)] > 0)
-                following = resolution.next_rung[np.where(skipping, rung, 0)]
-                moved = skipping & (following >= 0)
-                ask = np.where(moved, ask + (following - rung) * self._num_ratios[place], -1)
-                rung = np.where(moved, following, rung)
-        return most
 
 
 def classify(

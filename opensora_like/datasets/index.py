@@ -100,3 +100,23 @@ def open_array(path: Path) -> np.ndarray:
             except (ValueError, EOFError):
                 pass  # the message below says what to do
         raise ValueError(f"index file {str(path)!r} cannot be read: {problem}; delete its folder") from problem
+
+
+class Mapped:
+    """A .npy file, mapped for reading; its pickle is its path."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._array = path, open_array(path)
+
+    def __reduce__(self):
+        return Mapped, (self._path,)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._array.dtype
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, key: slice | np.ndarray) -> np.ndarray:
+        return self._array[key]

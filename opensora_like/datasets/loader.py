@@ -23,6 +23,7 @@ def make_loader(
     num_workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
+    shrink: bool = False,
 ) -> Iterator[Batch]:
     """Read micro-batches ahead, and give them in their order.
 
@@ -34,6 +35,7 @@ def make_loader(
         num_workers: processes, each with one thread; 0 reads in this one. The batches are the same.
         prefetch_factor: micro-batches that each worker reads ahead.
         pin_memory: copy tensors to page-locked memory, for a fast copy to a GPU.
+        shrink: where no spare is left, give the rows that can be read, if any, instead of an error.
 
     Returns: `Batch`es of as many samples as their micro-batch has rows, bad rows replaced by spares and listed
     in `Batch.bad`.
@@ -42,7 +44,7 @@ def make_loader(
         ValueError: (while iterating) a micro-batch has more bad rows than spares; the files are named.
     """
     loader = DataLoader(
-        _Reads(dataset),
+        _Reads(dataset, shrink=shrink),
         sampler=micro_batches,
         batch_size=None,
         num_workers=num_workers,
@@ -65,18 +67,21 @@ class NoSpareLeft(ValueError):
 class _Reads(Dataset):
     """Looks a micro-batch up as if it were an index. Gives a dict, since pinning does not know our `Batch`."""
 
-    def __init__(self, dataset: ClipDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: ClipDataset, *, shrink: bool) -> None:
+        self.dataset, self.shrink = dataset, shrink
 
     def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
         try:
-            return vars(read_batch(self.dataset, micro_batch))
+            return vars(read_batch(self.dataset, micro_batch, shrink=self.shrink))
         except NoSpareLeft as problem:  # as a value: raised in a worker it would arrive wrapped in its traceback
             return {"error": str(problem)}
 
 
-def read_batch(dataset: ClipDataset, micro_batch: MicroBatch) -> Batch:
+def read_batch(dataset: ClipDataset, micro_batch: MicroBatch, *, shrink: bool = False) -> Batch:
     """Read one micro-batch; a bad row's place is taken by the next spare.
+
+    Args:
+        shrink: where no spare is left, the place stays empty.
 
     Raises:
         NoSpareLeft: see there.
@@ -95,6 +100,8 @@ def read_batch(dataset: ClipDataset, micro_batch: MicroBatch) -> Batch:
             except BadSample as problem:
                 bad.append((candidate, problem.path, problem.reason))
             candidate = next((spare for spare in spares if spare not in used), None)
+            if candidate is None and shrink:
+                break
             if candidate is None:
                 raise NoSpareLeft(_no_spare_text(micro_batch, bad))
             used.add(candidate)
@@ -116,7 +123,6 @@ def collate(samples: list[Sample], *, micro_batch: MicroBatch, bad: list[tuple[i
     Raises:
         ValueError: tensors of different shapes; both are named.
     """
-    names = sorted({name for sample in samples for name in sample.embeddings})
     return Batch(
         epoch=micro_batch.epoch,
         index=micro_batch.index,
@@ -126,9 +132,16 @@ def collate(samples: list[Sample], *, micro_batch: MicroBatch, bad: list[tuple[i
         paths=[sample.path for sample in samples],
         video_BCTHW=_stack("video", samples, [s.video_CTHW for s in samples]),
         latents_BCTHW=_stack("latents", samples, [s.latents_CTHW for s in samples]),
-        embeddings={name: _stack(name, samples, [s.embeddings.get(name) for s in samples]) for name in names},
+        latents_std_BCTHW=_stack("latents_std", samples, [s.latents_std_CTHW for s in samples]),
+        embeddings=_stack_named("embeddings", samples, [s.embeddings for s in samples]),
+        references=_stack_named("references", samples, [s.references for s in samples]),
         bad=bad,
     )
+
+
+def _stack_named(kind: str, samples: list[Sample], named: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    names = sorted({name for tensors in named for name in tensors})
+    return {name: _stack(f"{kind}.{name}", samples, [tensors.get(name) for tensors in named]) for name in names}
 
 
 def _stack(name: str, samples: list[Sample], tensors: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opensora_like.datasets.bucket import CHUNK, Buckets, BucketShape, assign, drop_reasons
-from opensora_like.datasets.index import make_folder_once, open_array
+from opensora_like.datasets.bucket import Buckets, BucketShape
+from opensora_like.datasets.drops import EmptyPlan, assign_rows, why_empty
+from opensora_like.datasets.index import Mapped, make_folder_once, new_array
+from opensora_like.datasets.lazy import Column, Pieces
+from opensora_like.datasets.row_index import DrawnRows, RowIndex, build_row_index, draw_rows, in_memory, leave_out
 from opensora_like.datasets.shards import ShardedTable
-from opensora_like.datasets.shuffle import PURPOSE, BinnedRows, bin_rows
+from opensora_like.datasets.shuffle import ShuffledRows, shuffled
 from opensora_like.datasets.table import Table
 from opensora_like.rng import uniform
 
 MAX_SPARES = 8  # rows that stand by for the bad ones of a micro-batch
-MAX_LISTED = 20  # buckets named in an error
+ORDER_VERSION = 2  # raised whenever the same settings give another order; 1 sorted all rows of an epoch by their draws
+PIECE = 4096  # micro-batches of a sharded table that are computed together
 
 
 class Position(NamedTuple):
@@ -53,22 +57,20 @@ class EpochPlan:
 
     Args:
         rows: int64 [rows with a bucket], bucket after bucket, each in the epoch's order, tails included; of a
-            `ShardedTable` it is on disk and gives slices only.
+            `ShardedTable` it gives slices only.
         bounds: int64 [buckets + 1]; bucket b owns rows[bounds[b]:bounds[b + 1]].
-        starts: int64 [micro-batches], where in `rows` each begins.
-        bucket_ids: int32 [micro-batches].
+        starts: int64 [micro-batches], where in `rows` each begins; of a `ShardedTable` computed where it is read.
+        bucket_ids: int32 [micro-batches], likewise.
         fingerprint: of everything that decided the order but the epoch; see `order_key`.
-        folder: where the arrays are on disk, shared by the processes of a machine; None when they are in memory.
     """
 
     epoch: int
     buckets: Buckets
-    rows: np.ndarray | BinnedRows
+    rows: np.ndarray | ShuffledRows
     bounds: np.ndarray
-    starts: np.ndarray
-    bucket_ids: np.ndarray
+    starts: np.ndarray | Column
+    bucket_ids: np.ndarray | Column
     fingerprint: str
-    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -103,10 +105,12 @@ def build_plan(
     Each bucket's rows are shuffled, then cut into batches; the rows left over, fewer than one batch per bucket,
     are others each epoch. A bucket with fewer rows than a batch gets one that repeats them, in so many epochs that
     its rows are seen as often as those of other buckets. Then the micro-batches are shuffled. Nothing depends on
-    the number of processes.
+    the number of processes. Rows of the table's quarantine are in no bucket; those of the others and their draws stay
+    what they are without it.
 
-    Of a `ShardedTable` the arrays are made once per machine in the folder of its index, those of older epochs
-    are deleted there. The order is that of the same table in memory.
+    Of a `ShardedTable` the rows that are drawn are written once per machine into the folder of its index, those of
+    older epochs are deleted there; all else is computed where it is read. The order is that of the same table in
+    memory.
 
     Args:
         fps_max: see `sampling_interval`.
@@ -114,7 +118,8 @@ def build_plan(
             rows are left over each time. Not for a `ShardedTable`.
 
     Raises:
-        ValueError: not one batch is full; the message says what each bucket lacks and why rows have none.
+        EmptyPlan: not one batch is full; the message says what each bucket lacks and why rows have none.
+        ValueError: a `ShardedTable` that is not to be shuffled.
     """
     key = order_key(table, buckets, fps_max=fps_max, seed=seed, shuffle=shuffle)["fingerprint"]
     if isinstance(table, ShardedTable):
@@ -123,102 +128,99 @@ def build_plan(
                 f"table {table.path!r} is in shards, which are read in random order only; set shuffle=True"
             )
         return _plan_on_disk(table, buckets, fps_max=fps_max, seed=seed, epoch=epoch, key=key)
-    ids = assign(
-        table.num_frames, table.height, table.width, table.fps, buckets, fps_max=fps_max, seed=seed, epoch=epoch
-    )
-    rows = np.flatnonzero(ids >= 0)
-    counts = np.bincount(ids[rows], minlength=len(buckets))
-    if shuffle:  # by counter instead of a generator's permutation: the same order under every version of numpy
-        rows = rows[np.argsort(uniform(seed, PURPOSE, epoch, rows), kind="stable")]
-    rows = rows[np.argsort(ids[rows], kind="stable")]
-    bounds = np.concatenate([[0], np.cumsum(counts)])
-    cut = _cut_batches(bounds, buckets, seed=seed, epoch=epoch, shuffle=shuffle)
-    if cut is None:
-        raise ValueError(_why_empty(table, buckets, ids, counts, fps_max=fps_max, epoch=epoch))
-    return EpochPlan(epoch, buckets, rows, bounds, *cut, key)
-
-
-def _cut_batches(
-    bounds: np.ndarray, buckets: Buckets, *, seed: int, epoch: int, shuffle: bool
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """`starts` and `bucket_ids` of an `EpochPlan`, or None if no bucket fills a batch."""
-    counts = np.diff(bounds)
-    batches = counts // buckets.batch_sizes
-    if not batches.any():
-        return None
     if shuffle:
-        draw = uniform(seed, "plan.small_buckets", epoch, np.arange(len(buckets)))
-        batches += (batches == 0) & (draw * buckets.batch_sizes < counts)
-    bucket_ids = np.repeat(np.arange(len(buckets), dtype=np.int32), batches)
-    order = _permutation(len(bucket_ids), seed=seed, epoch=epoch) if shuffle else np.arange(len(bucket_ids))
-    bucket_ids = bucket_ids[order]
-    start_of_0 = bounds[:-1] - (np.cumsum(batches) - batches) * buckets.batch_sizes
-    return start_of_0[bucket_ids] + order * buckets.batch_sizes[bucket_ids], bucket_ids
+        index = _row_index(table, buckets, fps_max=fps_max)
+        drawn = draw_rows(index, seed=seed, epoch=epoch)
+        shuffled_rows = ShuffledRows(index.settled, index.bounds, drawn, seed=seed, epoch=epoch)
+        rows, bounds = shuffled_rows[:], shuffled_rows.bounds
+    else:
+        ids = assign_rows(table, buckets, fps_max=fps_max, seed=seed, epoch=epoch)
+        rows = np.argsort(ids, kind="stable")[np.count_nonzero(ids < 0) :]
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(ids[rows], minlength=len(buckets)))])
+    order = BatchOrder.cut(bounds, buckets, seed=seed, epoch=epoch, shuffle=shuffle)
+    if not len(order):
+        ids = assign_rows(table, buckets, fps_max=fps_max, seed=seed, epoch=epoch)
+        raise EmptyPlan(why_empty(table, buckets, ids, fps_max=fps_max, epoch=epoch))
+    return EpochPlan(epoch, buckets, rows, bounds, *order.of(0, len(order)), key)
 
 
-def _permutation(num: int, *, seed: int, epoch: int) -> np.ndarray:
-    """0 to num - 1 in the order of their draws; packed with their draws into one number, which sorts faster."""
-    bits = num.bit_length()
-    scale = 2.0 ** min(53, 64 - bits)
-    keys = np.empty(num, np.uint64)
-    for start in range(0, num, CHUNK):
-        index = np.arange(start, min(start + CHUNK, num), dtype=np.uint64)
-        draw = (uniform(seed, "plan.micro_batches", epoch, index) * scale).astype(np.uint64)
-        keys[start : start + len(index)] = draw << np.uint64(bits) | index
-    keys.sort()
-    keys &= np.uint64((1 << bits) - 1)
-    return keys.view(np.int64)
+@dataclass(frozen=True, eq=False)
+class BatchOrder:
+    """The micro-batches of an epoch in their order, any run of which is computed without the others.
+
+    They have numbers from bucket to bucket, and the order is one of these numbers.
+
+    Args:
+        ends: int64 [buckets], the number after the last of each. batch_sizes: int64 [buckets].
+        start_of_0: int64 [buckets], where in the rows of the epoch the bucket's number 0 would begin.
+        shuffle: False keeps them in the order of their numbers.
+    """
+
+    ends: np.ndarray
+    batch_sizes: np.ndarray
+    start_of_0: np.ndarray
+    seed: int
+    epoch: int
+    shuffle: bool
+
+    @classmethod
+    def cut(cls, bounds: np.ndarray, buckets: Buckets, *, seed: int, epoch: int, shuffle: bool) -> BatchOrder:
+        """Cut the rows of every bucket into batches; none at all if no bucket fills one. Args: as `EpochPlan`."""
+        counts, sizes = np.diff(bounds), buckets.batch_sizes
+        batches = counts // sizes
+        if shuffle and batches.any():
+            draw = uniform(seed, "plan.small_buckets", epoch, np.arange(len(buckets)))
+            batches += (batches == 0) & (draw * sizes < counts)
+        ends = np.cumsum(batches)
+        return cls(ends, sizes, bounds[:-1] - (ends - batches) * sizes, seed, epoch, shuffle)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def of(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns: `starts` and `bucket_ids` of an `EpochPlan` from micro-batch `first` to `last`, not included."""
+        numbers = np.arange(first, last)
+        if self.shuffle:
+            options = {"seed": self.seed, "purpose": "plan.micro_batches", "epoch": self.epoch}
+            numbers = shuffled(numbers, len(self), **options)
+        buckets = np.searchsorted(self.ends, numbers, side="right")
+        return self.start_of_0[buckets] + numbers * self.batch_sizes[buckets], buckets.astype(np.int32)
+
+
+def _row_index(table: Table | ShardedTable, buckets: Buckets, *, fps_max: float | None) -> RowIndex:
+    """Of the table without its quarantine."""
+    columns = (table.num_frames, table.height, table.width, table.fps)
+    if isinstance(table, ShardedTable):
+        index = table.row_index(buckets, fps_max=fps_max)
+    else:
+        index = build_row_index(columns, buckets, fps_max=fps_max, make=in_memory)
+    if table.quarantine is None:
+        return index
+    return leave_out(index, table.quarantine.rows, columns, fps_max=fps_max)
 
 
 def _plan_on_disk(
     table: ShardedTable, buckets: Buckets, *, fps_max: float | None, seed: int, epoch: int, key: str
 ) -> EpochPlan:
-    index = table.bucket_index(buckets, fps_max=fps_max)
+    index = _row_index(table, buckets, fps_max=fps_max)
 
     def build(folder: Path) -> None:
-        bounds = bin_rows(folder, index.codes, index.rows_per_class, index.classes, seed=seed, epoch=epoch)
-        cut = _cut_batches(bounds, buckets, seed=seed, epoch=epoch, shuffle=True)
-        if cut is None:
-            columns = (table.num_frames, table.height, table.width, table.fps)
-            ids = assign(*columns, buckets, fps_max=fps_max, seed=seed, epoch=epoch)
-            raise ValueError(_why_empty(table, buckets, ids, np.diff(bounds), fps_max=fps_max, epoch=epoch))
-        for name, array in zip(("bounds", "starts", "bucket_ids"), (bounds, *cut), strict=True):
-            np.save(folder / f"{name}.npy", array)
+        def make(name: str, dtype: type, num: int) -> np.ndarray:
+            return new_array(folder / f"{name}.npy", dtype, num)
+
+        drawn = draw_rows(index, seed=seed, epoch=epoch, make=make)
+        if not len(BatchOrder.cut(index.bounds + drawn.bounds, buckets, seed=seed, epoch=epoch, shuffle=True)):
+            ids = assign_rows(table, buckets, fps_max=fps_max, seed=seed, epoch=epoch)
+            raise EmptyPlan(why_empty(table, buckets, ids, fps_max=fps_max, epoch=epoch))
+        np.save(folder / "bounds.npy", drawn.bounds)
 
     folder = make_folder_once(table.index_folder / f"plan-{key[:16]}-{epoch}", build)
     table.forget_epochs(f"plan-{key[:16]}-", before=epoch - 1)
-    rows = BinnedRows(folder, seed=seed, epoch=epoch)
-    arrays = (open_array(folder / f"{name}.npy") for name in ("bounds", "starts", "bucket_ids"))
-    return EpochPlan(epoch, buckets, rows, *arrays, key, folder)
-
-
-def _why_empty(
-    table: Table | ShardedTable,
-    buckets: Buckets,
-    ids: np.ndarray,
-    counts: np.ndarray,
-    *,
-    fps_max: float | None,
-    epoch: int,
-) -> str:
-    columns = (table.num_frames, table.height, table.width, table.fps)
-    dropped = drop_reasons(*columns, buckets, ids, fps_max=fps_max)
-    filled = np.flatnonzero(counts)
-    filled = filled[np.argsort(-counts[filled], kind="stable")]
-    lines = [
-        f"the plan of epoch {epoch} has 0 micro-batches: of {table.num_rows} clips in {table.path!r}, {counts.sum()} "
-        f"have a bucket and no bucket fills a batch"
-    ]
-    for b in filled[:MAX_LISTED]:
-        clips = f"{counts[b]} {'clip' if counts[b] == 1 else 'clips'}"
-        lines.append(
-            f"bucket {buckets.name(b)} has {clips} of ratio {buckets.ratios[b]} but its batch size is "
-            f"{buckets.batch_sizes[b]}: lower it to {counts[b]}"
-        )
-    if len(filled) > MAX_LISTED:
-        lines.append(f"and {len(filled) - MAX_LISTED} more buckets with fewer clips")
-    lines += [f"without a bucket, {reason}: {advice}" for reason, advice in dropped.advice.items()]
-    return "\n".join(lines)
+    drawn = DrawnRows(Mapped(folder / "drawn.npy"), np.load(folder / "bounds.npy"))
+    rows = ShuffledRows(index.settled, index.bounds, drawn, seed=seed, epoch=epoch)
+    order = BatchOrder.cut(rows.bounds, buckets, seed=seed, epoch=epoch, shuffle=True)
+    pieces = Pieces(len(order), PIECE, order.of)
+    return EpochPlan(epoch, buckets, rows, rows.bounds, pieces.column(0), pieces.column(1), key)
 
 
 def order_key(
@@ -238,6 +240,7 @@ def order_key(
     Returns: json-able; `table_path` is there for the reader and is not part of the fingerprint.
     """
     decisive = {
+        "version": ORDER_VERSION,
         "table": table.fingerprint,
         "num_rows": table.num_rows,
         "bucket_config": buckets.config,
@@ -248,6 +251,8 @@ def order_key(
     }
     if balance is not None:
         decisive["balance"] = dict(balance)
+    if table.quarantine is not None and len(table.quarantine):
+        decisive["quarantine"] = table.quarantine.key
     text = json.dumps(decisive)  # not sorted: of resolutions of one size, the first written is tried first
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return {"fingerprint": digest, "table_path": table.path, **decisive}
@@ -258,17 +263,26 @@ def what_changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if saved.get("fingerprint") == now["fingerprint"]:
         return []
     changes = []
+    if (old := saved.get("version", 1)) != now["version"]:
+        changes.append(f"version of the order: {old} -> {now['version']}, which lays the same epochs out otherwise")
     if saved.get("table") != now["table"]:
         old, new = (f"{k.get('num_rows')} rows of {k.get('table_path')!r}" for k in (saved, now))
         changes.append(f"table: {old} -> {new}" if old != new else f"table: {new} were edited or reordered")
     for name in ("multiple", "fps_max", "seed", "shuffle", "balance"):
         if saved.get(name) != now.get(name):
             changes.append(f"{name}: {saved.get(name)!r} -> {now.get(name)!r}")
+    if saved.get("quarantine") != now.get("quarantine"):
+        old, new = (_quarantine_text(key.get("quarantine")) for key in (saved, now))
+        changes.append(f"dataset.quarantine: {old} -> {new}")
     old, new = (_entries(key.get("bucket_config") or {}) for key in (saved, now))
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
             changes.append(f"bucket_config.{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}")
     return changes or ["bucket_config: the order of its resolutions"]
+
+
+def _quarantine_text(key: Mapping[str, Any] | None) -> str:
+    return "none" if key is None else f"{key['rows']} rows ({key['digest'][:8]})"
 
 
 def _entries(config: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -336,7 +350,7 @@ def _stream(
     micro_per_step = dp_size * accumulation
     while True:
         plan = plan_of(position.epoch)
-        _check_long_enough(plan, position, dp_size, accumulation)
+        check_long_enough(plan, position, dp_size=dp_size, accumulation=accumulation)
         epoch, first = position
         for step in range(steps_in_epoch(len(plan), micro_per_step, first)):
             for m in range(accumulation):
@@ -344,7 +358,8 @@ def _stream(
         position = Position(epoch + 1, 0)
 
 
-def _check_long_enough(plan: EpochPlan, position: Position, dp_size: int, accumulation: int) -> None:
+def check_long_enough(plan: EpochPlan, position: Position, *, dp_size: int, accumulation: int) -> None:
+    """Raises: ValueError: an epoch too short for one step, or a position behind its end; with the numbers to change."""
     if len(plan) < dp_size * accumulation:
         raise ValueError(
             f"epoch {plan.epoch} has {len(plan)} micro-batches and one step takes {dp_size * accumulation} "

@@ -1,8 +1,8 @@
-"""Bring frames to the size of a bucket and to the range of a model."""
+"""Bring frames to the size of a bucket and to the range of a model, and back to 8 bits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,6 +46,20 @@ def center_crop(frames_THWC: np.ndarray, height: int, width: int, *, image: bool
     size, (extra_h, extra_w) = _cover(frames_THWC.shape[1:3], height, width)
     top, left = extra_h // 2, extra_w // 2
     return _to_unit(_resize_pictures(frames_THWC, size)[:, top : top + height, left : left + width])
+
+
+def to_frames(video_CTHW: Any) -> np.ndarray:
+    """[-1, 1] to 8 bits; values outside are clipped.
+
+    Args:
+        video_CTHW: array or tensor of any float type.
+
+    Returns: uint8 [T, H, W, C].
+    """
+    if hasattr(video_CTHW, "detach"):  # a tensor; torch itself is not needed
+        video_CTHW = video_CTHW.detach().float().cpu().numpy()
+    levels = np.rint((np.clip(video_CTHW, -1, 1) + 1) * 127.5)
+    return levels.astype(np.uint8).transpose(1, 2, 3, 0)
 
 
 def _cover(size: tuple[int, int], height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:

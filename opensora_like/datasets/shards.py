@@ -7,25 +7,28 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from opensora_like.datasets.bucket import Buckets
-from opensora_like.datasets.classes import MAX_CLASSES, RowClasses, classify
-from opensora_like.datasets.index import make_folder_once, new_array, open_array
+from opensora_like.datasets.classes import RowClasses
+from opensora_like.datasets.index import Mapped, make_folder_once, new_array, open_array
+from opensora_like.datasets.row_index import RowIndex, build_row_index
 from opensora_like.datasets.table import COUNTS, Fingerprint, present_values, row_numbers
+
+if TYPE_CHECKING:
+    from opensora_like.datasets.quarantine import Quarantine
 
 MANIFEST = "manifest.json"
 FOOTER_KEY = "opensora_like.shard"
 ROWS_PER_GROUP = 1_000  # what reading one row decodes
 OPEN_FILES, OPEN_GROUPS = 16, 16  # kept by each process
-SPAN = 1 << 22  # rows that one thread sorts into classes at once
 COLUMNS = (*COUNTS, "fps")
 COLUMN_TYPES = {**dict.fromkeys(COUNTS, np.int32), "fps": np.float64}
 
@@ -39,18 +42,6 @@ class Shard(NamedTuple):
     digest: str
 
 
-class BucketIndex(NamedTuple):
-    """The classes of the rows of a table under one bucket config; arrays are mapped.
-
-    Args:
-        codes: uint16 [N], the class of each row. rows_per_class: int64 [classes].
-    """
-
-    codes: np.ndarray
-    rows_per_class: np.ndarray
-    classes: RowClasses
-
-
 class ShardedTable:
     """A table in a folder of shards with the interface of `Table`; what it holds in memory does not grow with it.
 
@@ -60,6 +51,7 @@ class ShardedTable:
     Args:
         folder: what `shard_writer.write_shards` wrote.
         cache: folder for the index; None puts it into "index" in `folder`.
+        quarantine: rows that stay in the table and come into no plan.
 
     Raises:
         FileNotFoundError: the folder, its manifest or a shard is not there.
@@ -69,8 +61,10 @@ class ShardedTable:
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, folder: str | Path, *, cache: str | Path | None = None) -> None:
-        self.folder, self._cache = Path(folder), cache
+    def __init__(
+        self, folder: str | Path, *, cache: str | Path | None = None, quarantine: Quarantine | None = None
+    ) -> None:
+        self.folder, self._cache, self.quarantine = Path(folder), cache, quarantine
         manifest = _read_manifest(self.folder)
         self.path = str(folder)
         self.fingerprint: str = manifest["fingerprint"]
@@ -81,13 +75,13 @@ class ShardedTable:
         self.first_rows = np.concatenate([[0], np.cumsum([shard.rows for shard in self.shards])])
         self.index_folder = Path(cache) if cache is not None else self.folder / "index"
         self._check_files()
-        self._indexes: dict[str, BucketIndex] = {}
+        self._indexes: dict[str, RowIndex] = {}
         self._open_as = os.getpid()
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
 
     def __reduce__(self):
-        return _reopen, (self.folder, self._cache)
+        return _reopen, (self.folder, self._cache, self.quarantine)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -126,20 +120,41 @@ class ShardedTable:
         values = self._group(shard, group).slice(place, 1).to_pylist()[0]
         return {"text": "", **present_values(values), **row_numbers(self, index)}
 
-    def bucket_index(self, buckets: Buckets, *, fps_max: float | None) -> BucketIndex:
-        """The class of every row under a bucket config, from the index; made when it is not there.
+    def columns(self, names: list[str]) -> Iterator[pa.Table]:
+        """Columns such as path and text, shard after shard."""
+        for number in range(len(self.shards)):
+            yield self._open(number).read(columns=names, use_threads=False)
+
+    def paths(self, rows: np.ndarray) -> list[str]:
+        """Of some rows, in their order; only the row groups that they are in are read. Args: rows: int64."""
+        found = np.empty(len(rows), object)
+        shards = np.searchsorted(self.first_rows, rows, side="right") - 1
+        for number in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == number)
+            groups, places = np.divmod(rows[here] - self.first_rows[number], ROWS_PER_GROUP)
+            wanted, nth = np.unique(groups, return_inverse=True)
+            column = self._open(number).read_row_groups(wanted.tolist(), columns=["path"], use_threads=False)["path"]
+            found[here] = column.take(pa.array(nth * ROWS_PER_GROUP + places)).to_pylist()
+        return found.tolist()
+
+    def with_quarantine(self, quarantine: Quarantine) -> ShardedTable:
+        """The same table without these rows in its plans."""
+        return _reopen(self.folder, self._cache, quarantine)
+
+    def row_index(self, buckets: Buckets, *, fps_max: float | None) -> RowIndex:
+        """The buckets of the rows before any draw, mapped from the index; made when they are not there.
 
         Raises:
-            ValueError: the config tells more than 65536 kinds of rows apart.
+            ValueError: as `build_row_index`.
         """
         text = json.dumps([buckets.config, buckets.multiple, None if fps_max is None else float(fps_max)])
-        key = f"buckets-{self.fingerprint[:16]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+        key = f"buckets2-{self.fingerprint[:16]}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
         if key not in self._indexes:
             columns = self._columns
-            folder = self._make(key, lambda f: _write_classes(f, columns, buckets, fps_max))
+            folder = self._make(key, lambda f: _write_row_index(f, columns, buckets, fps_max))
+            arrays = [Mapped(folder / f"{name}.npy") for name in ("settled", "open_rows", "open_codes")]
             classes = RowClasses(np.load(folder / "asks.npy"), buckets)
-            counts = np.load(folder / "rows_per_class.npy")
-            self._indexes[key] = BucketIndex(open_array(folder / "codes.npy"), counts, classes)
+            self._indexes[key] = RowIndex(arrays[0], np.load(folder / "bounds.npy"), *arrays[1:], classes)
         return self._indexes[key]
 
     def forget_epochs(self, prefix: str, *, before: int) -> None:
@@ -256,8 +271,8 @@ class ShardedTable:
         return _recent(self._groups, (shard, group), OPEN_GROUPS, read)
 
 
-def _reopen(folder: Path, cache: str | Path | None) -> ShardedTable:
-    return ShardedTable(folder, cache=cache)
+def _reopen(folder: Path, cache: str | Path | None, quarantine: Quarantine | None) -> ShardedTable:
+    return ShardedTable(folder, cache=cache, quarantine=quarantine)
 
 
 def _recent(kept: OrderedDict, key: Any, limit: int, make: Callable[[], Any]) -> Any:
@@ -305,24 +320,11 @@ def open_shards(path: str | Path, *, cache: str | Path | None = None) -> Sharded
     return table
 
 
-def _write_classes(folder: Path, columns: dict[str, np.ndarray], buckets: Buckets, fps_max: float | None) -> None:
-    num_rows = len(columns["fps"])
-    codes = new_array(folder / "codes.npy", np.uint16, num_rows)
-    spans = [slice(start, min(start + SPAN, num_rows)) for start in range(0, num_rows, SPAN)]
+def _write_row_index(folder: Path, columns: dict[str, np.ndarray], buckets: Buckets, fps_max: float | None) -> None:
+    def make(name: str, dtype: type, num: int) -> np.ndarray:
+        return new_array(folder / f"{name}.npy", dtype, num)
 
-    def do_span(span: slice) -> tuple[np.ndarray, np.ndarray]:
-        found, asks = classify(*(columns[name][span] for name in COLUMNS), buckets, fps_max=fps_max)
-        return found.astype(np.uint16 if len(asks) <= MAX_CLASSES else np.int32), asks
-
-    numbers: dict[bytes, int] = {}
-    counts = np.zeros(MAX_CLASSES, np.int64)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-        for span, (found, asks) in zip(spans, threads.map(do_span, spans), strict=True):
-            known = np.array([numbers.setdefault(ask.tobytes(), len(numbers)) for ask in asks])
-            if len(numbers) > MAX_CLASSES:
-                raise ValueError(f"bucket_config tells more than {MAX_CLASSES} kinds of rows apart; use fewer buckets")
-            codes[span] = known.astype(np.uint16)[found]
-            counts += np.bincount(known[found], minlength=MAX_CLASSES)
-    asks = np.array([np.frombuffer(ask, np.int32) for ask in numbers])
-    np.save(folder / "asks.npy", asks)
-    np.save(folder / "rows_per_class.npy", counts[: len(asks)])
+    index = build_row_index([columns[name] for name in COLUMNS], buckets, fps_max=fps_max, make=make)
+    np.save(folder / "bounds.npy", index.bounds)
+    np.save(folder / "asks.npy", index.classes.asks)
+    (folder / "codes.npy").unlink()

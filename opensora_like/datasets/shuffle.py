@@ -1,121 +1,78 @@
-"""The shuffled rows of an epoch where there are too many to sort: put into small bins at once, sorted when read."""
+"""The random order of an epoch, found where it is read: nothing is sorted, or written, for the epoch as a whole."""
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
 from opensora_like.datasets.bucket import CHUNK
-from opensora_like.datasets.classes import RowClasses
-from opensora_like.datasets.index import new_array, open_array
-from opensora_like.rng import uniform
+from opensora_like.datasets.row_index import DrawnRows, RowArray
+from opensora_like.rng import bijection, seed_of, uniform
 
 PURPOSE = "plan.rows"  # of the draw that orders the rows of a bucket
-PART = 1 << 22  # rows that one thread bins at once
-BIN_ROWS = 1024
-MAX_BINS = (1 << 16) - 1  # numpy sorts 16-bit numbers by counting
-KEPT_BINS = 256
+SORTED = 1 << 14  # so many things or fewer are sorted by their draws; more are moved by a bijection
+KEPT_BUCKETS = 64  # whose rows stay sorted in memory
 
 
-class BinnedRows:
-    """Rows in the order (bucket, draw, row), as `plan.build_plan` sorts them, of which a bin is sorted when it is read.
+class ShuffledRows:
+    """The rows of an epoch, bucket after bucket, each in random order; a slice is computed when it is read.
 
     Args:
-        folder: what `bin_rows` wrote.
+        settled, bounds: as in `RowIndex`. drawn: of this epoch.
     """
 
-    def __init__(self, folder: Path, *, seed: int, epoch: int) -> None:
-        self._folder, self._seed, self._epoch = folder, seed, epoch
-        self._rows = open_array(folder / "rows.npy")
-        self._pieces = open_array(folder / "pieces.npy")  # int64 [parts, bins + 1], where a bin's rows of a part begin
-        self._starts = open_array(folder / "bins.npy")  # int64 [bins + 1], where a bin begins in the order
+    def __init__(self, settled: RowArray, bounds: np.ndarray, drawn: DrawnRows, *, seed: int, epoch: int) -> None:
+        self._settled, self._settled_bounds, self._drawn = settled, bounds, drawn
+        self._seed, self._epoch = seed, epoch
+        self.bounds = bounds + drawn.bounds
         self._sorted: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __reduce__(self):
-        # mapped again where it is unpickled, not copied
-        return _binned, (self._folder, self._seed, self._epoch)
+        options = {"seed": self._seed, "epoch": self._epoch}
+        return partial(ShuffledRows, **options), (self._settled, self._settled_bounds, self._drawn)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.bounds[-1])
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Args: part: with step 1. Returns: int64, a copy."""
+        """Args: part: with step 1. Returns: int64."""
         start, stop, _ = part.indices(len(self))
-        if start >= stop:
-            return np.zeros(0, np.int64)
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        last = int(np.searchsorted(self._starts, stop, side="left"))
-        rows = np.concatenate([self._bin(number) for number in range(first, last)])
-        begin = int(self._starts[first])
-        return rows[start - begin : stop - begin]
+        pieces = [np.zeros(0, np.int64)]
+        while start < stop:
+            bucket = int(np.searchsorted(self.bounds, start, side="right")) - 1
+            first, last = self.bounds[bucket : bucket + 2].tolist()
+            end = min(stop, last, start + CHUNK)  # what is in hand stays in the cache
+            pieces.append(self._of_bucket(bucket, start - first, end - first, last - first))
+            start = end
+        return np.concatenate(pieces)
 
-    def _bin(self, number: int) -> np.ndarray:
-        if number not in self._sorted:
-            bounds = self._pieces[:, number : number + 2].tolist()
-            rows = np.concatenate([self._rows[start:stop] for start, stop in bounds]).astype(np.int64)
-            draw = uniform(self._seed, PURPOSE, self._epoch, rows)
-            self._sorted[number] = rows[np.argsort(draw, kind="stable")]
-            if len(self._sorted) > KEPT_BINS:
+    def _of_bucket(self, bucket: int, start: int, stop: int, num: int) -> np.ndarray:
+        if num > SORTED:
+            key = seed_of(self._seed, PURPOSE, self._epoch, bucket)
+            return self._take(bucket, bijection(np.arange(start, stop), num, key))
+        if bucket not in self._sorted:
+            rows = self._take(bucket, np.arange(num))
+            self._sorted[bucket] = rows[np.argsort(uniform(self._seed, PURPOSE, self._epoch, rows), kind="stable")]
+            if len(self._sorted) > KEPT_BUCKETS:
                 self._sorted.popitem(last=False)
-        self._sorted.move_to_end(number)
-        return self._sorted[number]
+        self._sorted.move_to_end(bucket)
+        return self._sorted[bucket][start:stop]
+
+    def _take(self, bucket: int, places: np.ndarray) -> np.ndarray:
+        """Rows of a bucket by their place among its settled rows, which the drawn ones follow."""
+        first, last = self._settled_bounds[bucket : bucket + 2].tolist()
+        is_settled = places < last - first
+        rows = np.empty(len(places), np.int64)
+        rows[is_settled] = self._settled[first + places[is_settled]]
+        start = int(self._drawn.bounds[bucket]) - (last - first)
+        rows[~is_settled] = self._drawn.rows[start + places[~is_settled]]
+        return rows
 
 
-def _binned(folder: Path, seed: int, epoch: int) -> BinnedRows:
-    return BinnedRows(folder, seed=seed, epoch=epoch)
-
-
-def bin_rows(
-    folder: Path, codes: np.ndarray, rows_per_class: np.ndarray, classes: RowClasses, *, seed: int, epoch: int
-) -> np.ndarray:
-    """Draw the bucket of every row for one epoch and write the rows by bucket and bin into `folder`.
-
-    Args:
-        codes: integers [N], the class of each row. rows_per_class: int64 [classes].
-
-    Returns: int64 [buckets + 1], where each bucket begins in `BinnedRows`.
-    """
-    num_bins = _bins_per_bucket(classes.expected_rows(rows_per_class))
-    first_bin = np.concatenate([[0], np.cumsum(num_bins)])
-    unused = int(first_bin[-1])  # the bin of rows without a bucket, which id -1 finds
-    widths = np.append(num_bins, 0).astype(np.float64)
-    kind = np.uint16 if unused <= MAX_BINS else np.uint32
-    rows = new_array(folder / "rows.npy", np.uint32 if len(codes) < 2**32 else np.int64, len(codes))
-    parts = range(0, len(codes), PART)
-
-    def do_part(start: int) -> np.ndarray:
-        stop = min(start + PART, len(codes))
-        bins = np.empty(stop - start, kind)
-        for chunk in range(start, stop, CHUNK):
-            end = min(chunk + CHUNK, stop)
-            ids = classes.draw(codes[chunk:end], first_row=chunk, seed=seed, epoch=epoch)
-            draw = uniform(seed, PURPOSE, epoch, np.arange(chunk, end))
-            bins[chunk - start : end - start] = first_bin[ids] + (draw * widths[ids]).astype(np.int64)
-        counts = np.bincount(bins, minlength=unused + 1)[:unused]
-        order = np.argsort(bins, kind="stable")[: counts.sum()]
-        rows[start : start + len(order)] = order + start  # what has no bucket leaves a hole in the file
-        return counts
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-        counts = np.array(list(threads.map(do_part, parts)), np.int64).reshape(len(parts), unused)
-    pieces = np.zeros((len(parts), unused + 1), np.int64)
-    np.cumsum(counts, axis=1, out=pieces[:, 1:])
-    pieces += np.array(parts, np.int64)[:, None]
-    starts = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
-    np.save(folder / "pieces.npy", pieces)
-    np.save(folder / "bins.npy", starts)
-    return starts[first_bin]
-
-
-def _bins_per_bucket(expected: np.ndarray) -> np.ndarray:
-    """How many bins each bucket gets, at least 1; their number changes what a read costs, never the order."""
-    size = BIN_ROWS
-    while True:
-        num_bins = np.maximum(1, -(-expected // size))
-        if num_bins.sum() <= MAX_BINS or size > expected.sum():
-            return num_bins
-        size *= 2
+def shuffled(index: np.ndarray, num: int, *, seed: int, purpose: str, epoch: int) -> np.ndarray:
+    """What stands at these places of a random order of 0 to num - 1. Args: index: integers. Returns: int64."""
+    if num > SORTED:
+        return bijection(index, num, seed_of(seed, purpose, epoch))
+    return np.argsort(uniform(seed, purpose, epoch, np.arange(num)), kind="stable")[index]

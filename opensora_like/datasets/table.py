@@ -6,14 +6,17 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+if TYPE_CHECKING:
+    from opensora_like.datasets.quarantine import Quarantine
 
 REQUIRED = ("path", "text", "num_frames", "height", "width", "fps")
 COUNTS = ("num_frames", "height", "width")  # whole numbers, never missing
@@ -34,6 +37,7 @@ class Table:
         fingerprint: of the row order and of what decides the plan: path, num_frames, height, width, fps.
             The same content gives the same one, whatever the file format.
         notes: what is worth a warning, one sentence each.
+        quarantine: rows that stay in the table and come into no plan.
     """
 
     path: str
@@ -44,6 +48,7 @@ class Table:
     other: pa.Table
     fingerprint: str
     notes: tuple[str, ...]
+    quarantine: Quarantine | None = None
 
     @property
     def num_rows(self) -> int:
@@ -74,6 +79,18 @@ class Table:
             raise IndexError(f"row {index} of {self.path!r}, which has rows 0 to {self.num_rows - 1}")
         values = self.other.slice(index, 1).to_pylist()[0]
         return {"text": "", **present_values(values), **row_numbers(self, index)}
+
+    def columns(self, names: list[str]) -> Iterator[pa.Table]:
+        """Columns of `other`, such as path and text, in pieces that follow each other."""
+        yield self.other.select(names)
+
+    def paths(self, rows: np.ndarray) -> list[str]:
+        """Of some rows, in their order. Args: rows: int64."""
+        return self.other["path"].take(pa.array(rows, pa.int64())).to_pylist()
+
+    def with_quarantine(self, quarantine: Quarantine) -> Table:
+        """The same table without these rows in its plans."""
+        return replace(self, quarantine=quarantine)
 
 
 def present_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from opensora_like import rng
 from opensora_like.datasets.batch import BucketShape, Sample
 from opensora_like.datasets.bucket import compile_buckets, sampling_interval
 from opensora_like.datasets.plan import EpochPlan, build_plan
+from opensora_like.datasets.quarantine import read_quarantine
 from opensora_like.datasets.shards import ShardedTable, open_shards
 from opensora_like.datasets.table import REQUIRED, Table, read_table, table_of
 from opensora_like.datasets.video_io import (
@@ -72,6 +73,15 @@ def played_fps(fps: float, fps_max: float | None) -> tuple[float, int]:
     return (fps if interval == 1 else float(fps // interval)), interval
 
 
+class Clip(NamedTuple):
+    """Which frames of a file make a sample, the rate at which they play (0 for one frame), and its caption."""
+
+    path: str
+    indices: list[int]
+    fps: float
+    text: str
+
+
 @DATASETS.register_module("video_text")
 class VideoText:
     """Rows of (path, text), read as videos or images.
@@ -91,6 +101,8 @@ class VideoText:
         data_root: folder that the paths in the table start from. Without it they start from the current folder,
             and where there is no such file, from the folder of the table.
         fps_in_caption: tell the rate in the caption.
+        quarantine: a csv or jsonl file of rows that never enter a plan, by row and path: what tools/doctor.py writes,
+            or a run's bad_samples.jsonl. A run is resumed with the same list.
         bucket_config, multiple, seed: given when the run is built; see `compile_buckets` and `rng`.
 
     Raises:
@@ -108,6 +120,7 @@ class VideoText:
         *,
         data_root: str | None = None,
         fps_in_caption: bool = True,
+        quarantine: str | None = None,
         bucket_config: Mapping[str, Any],
         multiple: int,
         seed: int,
@@ -121,6 +134,8 @@ class VideoText:
         self.transform_name, self.rand_sample_interval = transform_name, rand_sample_interval
         self.seed = seed
         self.table = open_table(data_path, memory_efficient=memory_efficient, with_motion=vmaf)
+        if quarantine is not None:
+            self.table = self.table.with_quarantine(read_quarantine(quarantine, self.table))
         if vmaf and "score_vmafmotion" not in self.table.column_names:
             raise ValueError(
                 f"dataset.vmaf=True needs the column 'score_vmafmotion', table {data_path!r} has only "
@@ -150,20 +165,23 @@ class VideoText:
         """
         values = self.table.row(row)
         path = find_file(values["path"], table_path=self.data_path, data_root=self.data_root)
-        if is_image(path):
-            if shape.num_frames != 1:
-                raise BadSample(
-                    path, f"an image; the table has {values['num_frames']} frames for it, run tools/meta.py"
-                )
-            frames, fps = read_image(path), 0.0
-        else:
-            indices, fps = self.choose_frames(row, values["num_frames"], values["fps"], shape.num_frames, epoch)
-            frames = read_frames(path, indices)
+        if is_image(path) and shape.num_frames != 1:
+            raise BadSample(path, f"an image; the table has {values['num_frames']} frames for it, run tools/meta.py")
+        clip = self.choose_clip(row, shape.num_frames, epoch)
+        frames = read_image(path) if is_image(path) else read_frames(path, clip.indices)
         video = TRANSFORMS[self.transform_name](frames, shape.height, shape.width, image=is_image(path))
+        return Sample(row=row, text=clip.text, path=path, video_CTHW=video)
+
+    def choose_clip(self, row: int, num_frames: int, epoch: int) -> Clip:
+        """What `read` takes of a row, from the table alone."""
+        values = self.table.row(row)
+        if is_image(values["path"]):
+            indices, fps = [0], 0.0
+        else:
+            indices, fps = self.choose_frames(row, values["num_frames"], values["fps"], num_frames, epoch)
         told_fps = fps if self.fps_in_caption and (self.fps_max or NO_LIMIT_FPS) < NO_LIMIT_FPS else None
         motion = values.get("score_vmafmotion") if self.vmaf else None
-        text = caption_with_suffix(values["text"], told_fps, motion)
-        return Sample(row=row, text=text, path=path, video_CTHW=video)
+        return Clip(values["path"], indices, fps, caption_with_suffix(values["text"], told_fps, motion))
 
     def choose_frames(self, row: int, total: int, fps: float, num_frames: int, epoch: int) -> tuple[list[int], float]:
         """Which frames of the source make the clip; evenly spaced, every possible beginning equally likely.

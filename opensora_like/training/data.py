@@ -21,9 +21,11 @@ from opensora_like.datasets.plan import (
 )
 from opensora_like.datasets.shards import ShardedTable
 from opensora_like.models.base import Autoencoder, TextEncoder
+from opensora_like.models.stand_ins import CachedAutoencoder
 from opensora_like.registry import DATASETS, build, fit_arguments
 from opensora_like.runtime import Runtime, logger
 from opensora_like.settings import RunConfig
+from opensora_like.training.device_feed import DeviceFeed
 from opensora_like.training.resources import derive_cost
 
 
@@ -51,7 +53,8 @@ def build_balance(
     if cfg.cost is not None:
         cost = CostModel(**fit_arguments(CostModel, {"type": "cost", **cfg.cost}, where="cost"))
     else:
-        cost = derive_cost(cfg.model, cfg.autoencoder, encoders, dataset.buckets)
+        encoded_by = None if isinstance(autoencoder, CachedAutoencoder) else cfg.autoencoder
+        cost = derive_cost(cfg.model, encoded_by, encoders, dataset.buckets)
         logger.info("cost %s", " ".join(f"{name} {value:.4g}" for name, value in vars(cost).items()))
     return Balance(cost.of_buckets(dataset.buckets, grid_of(autoencoder, dataset)), **options)
 
@@ -89,7 +92,7 @@ def make_plan_of(
             if balance is not None:
                 plan = balance_plan(plan, balance, seed=cfg.seed)
             if isinstance(dataset.table, ShardedTable) and runtime.local_rank == 0:
-                ahead = {"fps_max": dataset.fps_max, "seed": cfg.seed, "epoch": epoch + 1, "balance": balance}
+                ahead = {"fps_max": dataset.fps_max, "seed": cfg.seed, "epoch": epoch + 1}
                 build_ahead(dataset.table, dataset.buckets, **ahead)
             for old in sorted(kept)[:-1]:  # two are kept: the loader is ahead of the step
                 del kept[old]
@@ -115,10 +118,16 @@ def batches_from(
         dp_size=booster.dp_size,
         accumulation=cfg.accumulation_steps,
     )
-    return make_loader(
+    on_gpu = runtime.device.type == "cuda"
+    for name in ("pin_memory", "device_prefetch"):
+        if getattr(cfg, name) and not on_gpu:
+            raise ValueError(f"{name}=True needs a GPU, and the device is {runtime.device}; remove it")
+    batches = make_loader(
         dataset,
         micro_batches,
         num_workers=cfg.num_workers,
         prefetch_factor=cfg.prefetch_factor,
-        pin_memory=runtime.device.type == "cuda",
+        pin_memory=on_gpu if cfg.pin_memory is None else cfg.pin_memory,
     )
+    ahead = on_gpu if cfg.device_prefetch is None else cfg.device_prefetch
+    return DeviceFeed(batches, runtime.device) if ahead else batches

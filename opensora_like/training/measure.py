@@ -123,13 +123,31 @@ SMALL: dict[str, dict[str, Any]] = {
         "depth_single_blocks": 4,
         "context_in_dim": 64,
         "vec_in_dim": 32,
-    }
+    },
+    "wan": {
+        "num_attention_heads": 3,
+        "attention_head_dim": 32,
+        "ffn_dim": 192,
+        "num_layers": 6,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 64,
+        "freq_dim": 32,
+        "text_length": 24,
+    },
 }
 SMALL["flux"] = SMALL["mmdit"]
+# settings of a section that are not taken over: sizes, files, and what is checkpointed, which is set instead
+DROPPED: dict[str, tuple[str, ...]] = {
+    "mmdit": ("from_pretrained", "grad_ckpt_settings", "grad_ckpt_setting"),
+    "wan": ("from_pretrained", "variant", "config", "image_dim", "ungiven", "grad_checkpoint"),
+}
+CHECKPOINTED: dict[str, dict[str, Any]] = {"mmdit": {"grad_ckpt_settings": (1, 2)}, "wan": {"grad_checkpoint": 2}}
 
 
 class CountError(NamedTuple):
-    """Relative errors of predicted bytes: of saved tensors, and of the peak with every other block checkpointed."""
+    """Relative errors of predicted bytes: of saved tensors, and of the peak with a third or half of the blocks
+    checkpointed."""
 
     saved: float
     peak: float
@@ -139,15 +157,14 @@ def memory_error(section: Mapping[str, Any], *, text_length: int = 24) -> CountE
     """Compare `measure_memory` with tensors on the CPU, at a size it was not measured at.
 
     Args:
-        section: of a model; its kinds of blocks are kept, its sizes replaced by `SMALL`.
+        section: of a model; its kinds of blocks are kept, its sizes replaced by `SMALL`. Wan is text-to-video then.
 
     Returns: None where no small model of this type is known.
     """
     if section["type"] not in SMALL:
         return None
-    dropped = ("from_pretrained", "grad_ckpt_settings", "grad_ckpt_setting")
-    small = {k: v for k, v in section.items() if k not in dropped} | SMALL[section["type"]]
-    small["grad_ckpt_settings"] = (1, 2)
+    kind = "wan" if section["type"] == "wan" else "mmdit"
+    small = {k: v for k, v in section.items() if k not in DROPPED[kind]} | SMALL[kind] | CHECKPOINTED[kind]
     predicted = measure_memory(build_on_meta(small, where="model"), text_length=text_length)
     model = build(small, MODELS, where="model").to(torch.bfloat16)
     latents = (3, 20 * model.patch_size, 24 * model.patch_size)

@@ -63,9 +63,20 @@ def test_closest_ratio_is_exact_beside_its_limits():
         ("256px_ar3:5", 16, "no aspect ratio '3:5'"),
         ("16px", 16, "256 pixels, too few for sides that are multiples of 16"),
         ("256px", 0, "multiple=0 must be"),
+        ("480x830", 16, "480 and 830 must both be multiples of 16"),
+        ("480x832,240x416", 16, "sizes of one ratio"),
     ],
 )
 def test_a_name_that_cannot_be_says_so(name, multiple, message):
     """A wrong name, ratio or multiple is a ValueError with the value in it."""
     with pytest.raises(ValueError, match=message):
         shape_table(name, multiple=multiple)
+
+
+def test_sizes_are_a_resolution():
+    """Height x width, for clips whose sizes are given, such as cached latents; the nearest is their own."""
+    assert num_pixels("480x832") == num_pixels("832x480,640x640,480x832") == 480 * 832
+    for training in (True, False):
+        assert shape_table("480x832", multiple=16, training=training) == {"832:480": (480, 832)}
+    names = list(shape_table("832x480,640x640,480x832", multiple=16))
+    assert closest_ratio(np.array([480, 640, 832]), np.array([832, 640, 480]), names).tolist() == [2, 1, 0]

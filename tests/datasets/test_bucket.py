@@ -12,7 +12,8 @@ import pytest
 
 from opensora_like.datasets import bucket as bucket_module
 from opensora_like.datasets.aspect import num_pixels, ratio_value, shape_table
-from opensora_like.datasets.bucket import REASONS, assign, compile_buckets, drop_reasons, sampling_interval
+from opensora_like.datasets.bucket import assign, compile_buckets, sampling_interval
+from opensora_like.datasets.drops import REASONS, drop_reasons
 from opensora_like.rng import uniform
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "opensora_bucket_a.json").read_text())
@@ -222,7 +223,8 @@ def test_every_row_without_a_bucket_has_its_reason():
     report = drop_reasons(*columns, buckets, ids, fps_max=24)
     assert [REASONS[c] for c in report.codes] == [r for r in rows if r != "lost_draw"]
     assert report.counts == dict.fromkeys(report.advice, 1) and "kept" not in report.counts
-    assert "keeps 21 at fps_max=24 and its shortest bucket has 33" in report.advice["too_few_frames"]
+    said = "none has the 33 that bucket 256px/33 needs at fps_max=24, the longest has 21"
+    assert said in report.advice["too_few_frames"]
     assert "10000 pixels and 256px begins at 52429" in report.advice["too_small"]
     assert "in row 1" in report.advice["invalid_numbers"]
 

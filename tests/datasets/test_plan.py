@@ -174,6 +174,10 @@ def test_a_plan_keeps_to_the_table_order_of_other_numpy_versions():
         _square_clips(10), compile_buckets({"256px": {33: (1.0, 3)}}, multiple=16), fps_max=24, seed=42, epoch=7
     )
     assert [plan[i].rows.tolist() for i in range(3)] == [[0, 6, 9], [7, 4, 1], [3, 2, 8]]
+    large, single = _square_clips(20_000), compile_buckets({"256px": {33: (1.0, 1)}}, multiple=16)  # by bijections
+    plan = build_plan(large, single, fps_max=24, seed=42, epoch=7)
+    assert [plan[i].rows.tolist() for i in (0, 1, 19_999)] == [[294], [16243], [18052]]
+    assert sorted(plan[i].rows[0] for i in range(20_000)) == list(range(20_000))
 
 
 def test_changes_between_two_runs_are_named():
@@ -193,6 +197,8 @@ def test_changes_between_two_runs_are_named():
         "bucket_config.256px.1: probability 0.7 (skip 0.0), batch size 5 -> probability 0.7 (skip 0.0), batch size 6",
         "bucket_config.256px.97: absent -> probability 1.0 (skip 0.0), batch size 2",
     ]
+    before = {k: v for k, v in key.items() if k != "version"} | {"fingerprint": "of version 1"}
+    assert what_changed(before, key) == ["version of the order: 1 -> 2, which lays the same epochs out otherwise"]
     edited = order_key(_table(seed=1), BUCKETS, fps_max=24, seed=3)
     assert what_changed(key, edited) == ["table: 300 rows of '<memory>' were edited or reordered"]
 
@@ -206,7 +212,8 @@ def test_an_empty_plan_says_what_to_lower():
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("the plan of epoch 0 has 0 micro-batches: of 5 clips in '<memory>', 3 have a bucket")
     assert lines[1] == "bucket 256px/129 has 3 clips of ratio 1:1 but its batch size is 12: lower it to 3"
-    assert lines[2].startswith("without a bucket, too_few_frames: 1 clip: too few frames; the longest keeps 40")
+    assert lines[2].startswith("without a bucket, too_few_frames: 1 clip: too few frames; none has the 129 that bucket")
+    assert lines[2].endswith("the longest has 40: use a bucket of 40 frames or fewer")
     assert lines[3].startswith("without a bucket, no_image_bucket: 1 clip: single frames")
 
 

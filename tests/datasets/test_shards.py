@@ -12,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from opensora_like.datasets import classes as classes_module
-from opensora_like.datasets import shard_writer, shards, shuffle
+from opensora_like.datasets import plan as plan_module
+from opensora_like.datasets import row_index, shard_writer, shards, shuffle
 from opensora_like.datasets.ahead import build_ahead
 from opensora_like.datasets.balance import Balance, balance_plan
 from opensora_like.datasets.bucket import assign, compile_buckets
-from opensora_like.datasets.classes import RowClasses, classify
+from opensora_like.datasets.classes import UNSETTLED, RowClasses, classify
 from opensora_like.datasets.index import make_folder_once, new_array, open_array
 from opensora_like.datasets.plan import build_plan
+from opensora_like.datasets.quarantine import Quarantine
 from opensora_like.datasets.shard_writer import write_shards
 from opensora_like.datasets.shards import open_shards
 from opensora_like.datasets.table import read_table
@@ -84,25 +86,28 @@ def test_row_classes_draw_what_assign_draws(monkeypatch):
         monkeypatch.setattr(classes_module, "CHUNK", chunk)
         codes, asks = classify(*columns, BUCKETS, fps_max=24)
         found = RowClasses(asks, BUCKETS)
-        most = found.expected_rows(np.bincount(codes, minlength=len(asks)))
+        settled = found.settled()[codes]
         for epoch in range(3):
             wanted = assign(*columns, BUCKETS, fps_max=24, seed=5, epoch=epoch)
-            np.testing.assert_array_equal(found.draw(codes, first_row=0, seed=5, epoch=epoch), wanted)
-            np.testing.assert_array_equal(found.draw(codes[100:], first_row=100, seed=5, epoch=epoch), wanted[100:])
-            assert (np.bincount(wanted[wanted >= 0], minlength=len(BUCKETS)) <= most).all()
+            rows = np.arange(3000)
+            np.testing.assert_array_equal(found.draw(codes, rows, seed=5, epoch=epoch), wanted)
+            np.testing.assert_array_equal(found.draw(codes[::7], rows[::7], seed=5, epoch=epoch), wanted[::7])
+            sure = settled != UNSETTLED
+            assert 0 < sure.sum() < 3000 and (wanted[sure] == settled[sure]).all()
 
 
 def test_the_plan_of_shards_is_that_of_the_table(source, monkeypatch):
-    """All micro-batches of three epochs, balanced or not, are equal, however small the parts and the bins."""
+    """All micro-batches of three epochs, balanced or not, are equal, in spans and pieces of any size."""
     whole = read_table(source)
-    plans = [build_plan(whole, BUCKETS, **OPTIONS, epoch=epoch) for epoch in range(3)]
     balance = Balance(np.arange(len(BUCKETS)) % 13, window=64, group=8)
-    for part, size in ((1 << 22, 1024), (333, 7)):
-        monkeypatch.setattr(shuffle, "PART", part)
-        monkeypatch.setattr(shuffle, "BIN_ROWS", size)
-        monkeypatch.setattr(shards, "SPAN", 512)
+    for span, piece, sort_up_to in ((1 << 22, 4096, 1 << 14), (333, 7, 40)):
+        monkeypatch.setattr(row_index, "SPAN", span)
+        monkeypatch.setattr(plan_module, "PIECE", piece)
+        monkeypatch.setattr(shuffle, "SORTED", sort_up_to)
+        monkeypatch.setattr(shuffle, "KEPT_BUCKETS", 2)
         table = write_shards(source, num_shards=3, replace=True)
-        for epoch, plan in enumerate(plans):
+        for epoch in range(3):
+            plan = build_plan(whole, BUCKETS, **OPTIONS, epoch=epoch)
             mapped = build_plan(table, BUCKETS, **OPTIONS, epoch=epoch)
             assert mapped.fingerprint == plan.fingerprint and len(mapped) == len(plan)
             _assert_same(mapped, plan)
@@ -110,11 +115,27 @@ def test_the_plan_of_shards_is_that_of_the_table(source, monkeypatch):
             _assert_same(pickle.loads(pickle.dumps(mapped)), plan)
 
 
+def test_a_quarantine_leaves_rows_out_of_shards_as_of_a_table(source, monkeypatch):
+    """None of its rows is planned, all others are, at no cost to the index, and shards and table agree."""
+    monkeypatch.setattr(shuffle, "SORTED", 40)
+    quarantine = Quarantine("list.csv", np.arange(0, 2500, 3))
+    whole = read_table(source).with_quarantine(quarantine)
+    table = write_shards(source, num_shards=3)
+    free = build_plan(table, BUCKETS, **OPTIONS, epoch=0)
+    index = [f.name for f in table.index_folder.glob("buckets*")]
+    table = table.with_quarantine(quarantine)
+    plan = build_plan(table, BUCKETS, **OPTIONS, epoch=0)
+    assert sorted(plan.rows[:].tolist()) == sorted(set(free.rows[:].tolist()) - set(quarantine.rows.tolist()))
+    _assert_same(plan, build_plan(whole, BUCKETS, **OPTIONS, epoch=0))
+    _assert_same(pickle.loads(pickle.dumps(plan)), plan)
+    assert [f.name for f in table.index_folder.glob("buckets*")] == index
+
+
 def test_the_next_epoch_is_built_ahead(source):
-    """A process of its own leaves the plan of the next epoch, balanced as well, where the trainer finds it."""
+    """A process of its own leaves the plan of the next epoch where the trainer finds it."""
     table = write_shards(source, num_shards=2)
     balance = Balance(np.arange(len(BUCKETS)) % 13, window=64, group=8)
-    process = build_ahead(table, BUCKETS, **OPTIONS, epoch=1, balance=balance)
+    process = build_ahead(table, BUCKETS, **OPTIONS, epoch=1)
     process.join()
     assert process.exitcode == 0
     (folder,) = table.index_folder.glob("plan-*-1")

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from opensora_like.datasets import video_io
 from opensora_like.datasets.display import Turn, turn_of_matrix
+from opensora_like.datasets.resize import to_frames
 from opensora_like.datasets.video_io import BadSample, VideoInfo, center_crop, is_image, probe, read_frames, resize_crop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from make_clips import cut, numbered_frames, numbers_of, turn, write_clip, write_fakes
+from make_clips import cut, note_decoded, numbered_frames, numbers_of, turn, write_clip, write_fakes
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NUM_FRAMES = 40
@@ -88,15 +89,7 @@ def test_counting_packets_agrees_with_the_index(clips, monkeypatch):
 
 def test_a_window_is_decoded_from_its_keyframe(clips, monkeypatch):
     """Reading 4 frames decodes at most one keyframe distance more, not the file."""
-    decoded = []
-    original = video_io._decode
-
-    def counting(container, stream):
-        for frame in original(container, stream):
-            decoded.append(frame.pts)
-            yield frame
-
-    monkeypatch.setattr(video_io, "_decode", counting)
+    decoded = note_decoded(monkeypatch)
     assert numbers_of(read_frames(clips["b_frames.mp4"], [30, 31, 32, 33])) == [30, 31, 32, 33]
     assert len(decoded) <= 12 + 4
 
@@ -199,6 +192,16 @@ def test_images(tmp_path):
             video_io.read_image(tmp_path / name)
     assert is_image("a/B.JPG")
     assert not is_image("a.mp4")
+
+
+def test_frames_come_back_from_the_range_of_a_model():
+    """All 256 levels, of arrays and of tensors in float32 and bfloat16; what is outside is clipped."""
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    video_CTHW = resize_crop(levels, 16, 16)
+    np.testing.assert_array_equal(to_frames(video_CTHW), levels)
+    np.testing.assert_array_equal(to_frames(video_CTHW.numpy()), levels)
+    assert np.abs(to_frames(video_CTHW.bfloat16()).astype(int) - levels).max() <= 1
+    assert to_frames(video_CTHW * 3)[0, 0, 0, 0] == 0 and to_frames(video_CTHW * 3)[0, -1, -1, 0] == 255
 
 
 def test_resize_is_that_of_the_published_system():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.pieces import Piece, write_pieces
 from opensora_like.checkpoint.weights import read_weights
+from opensora_like.config import read_config
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -53,6 +54,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
             ["--to", "split", "--rope", "interleaved:liger"],
             ["--to", "fused", "--rope", "liger:interleaved"],
         ),
+        ("mmdit_fused_small_a", "mmdit", ["--to", "diffusers"], ["--to", "fused"]),
         ("wan_t2v_a", "wan", ["--to", "diffusers"], ["--to", "original"]),
         ("wan_i2v_a", "wan", ["--to", "diffusers"], ["--to", "original"]),
     ],
@@ -101,3 +103,22 @@ def test_mistakes_are_named(tool: ModuleType, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             tool.prepare([str(tmp_path / f"{file}.safetensors"), str(tmp_path / "out"), *arguments])
+
+
+def test_a_yaml_becomes_a_config(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`config` writes a file that reads back and prints every key; a file that exists is not written over."""
+    (tmp_path / "in.yaml").write_text(
+        "model: {pretrained_model_name_or_path: Wan-AI/Wan2.1-T2V-14B-Diffusers}\n"
+        "optim: {learning_rate: 1e-6}\nfsdp: {dp_size: 8, pp_size: 1}\n"
+    )
+    out = tmp_path / "made/out.py"
+    assert tool.prepare(["config", str(tmp_path / "in.yaml"), str(out), "--bucket", "480x832x33"])() == 0
+    config = read_config(out).config
+    assert config.optim["lr"] == 1e-6 and config.model["variant"] == "t2v-14B"
+    assert dict(config.bucket_config["480x832"]) == {33: (1.0, 1)}
+    printed = capsys.readouterr().out
+    assert (
+        "carried  optim.learning_rate -> optim.lr" in printed and "left out fsdp.pp_size: there are no pip" in printed
+    )
+    with pytest.raises(ValueError, match="new file"):
+        tool.prepare(["config", str(tmp_path / "in.yaml"), str(out)])

@@ -2,12 +2,12 @@
 
 import json
 import math
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 import meta  # noqa: E402
 from make_clips import numbered_frames, turn, write_clip, write_fakes  # noqa: E402
+
+from opensora_like.datasets import clip_facts  # noqa: E402
 
 MEASURED = ["height", "width", "fps", "num_frames", "aspect_ratio", "resolution"]
 
@@ -151,7 +153,7 @@ def test_a_run_that_was_cut_off_goes_on(folder, monkeypatch):
     arguments = ["--input", str(folder / "in.csv"), "--output", str(folder / "o.csv"), "--num_workers", "0"]
     assert meta.main(arguments) == 0
     expected = (folder / "o.csv").read_text()
-    seen, original = [], meta.measure
+    seen, original = [], clip_facts.measure
 
     def stops_after_three(file):
         if len(seen) == 3:
@@ -159,12 +161,14 @@ def test_a_run_that_was_cut_off_goes_on(folder, monkeypatch):
         seen.append(file)
         return original(file)
 
-    monkeypatch.setattr(meta, "measure", stops_after_three)
+    monkeypatch.setattr(meta, "measure_all", partial(meta.measure_all, work=stops_after_three))
     assert meta.main(arguments) == 130
     with (folder / "o_progress.jsonl").open("a") as journal:
         journal.write('["half')
     again = []
-    monkeypatch.setattr(meta, "measure", lambda file: again.append(file) or original(file))
+    monkeypatch.setattr(
+        meta, "measure_all", partial(clip_facts.measure_all, work=lambda file: again.append(file) or original(file))
+    )
     assert meta.main([*arguments, "--resume"]) == 0
     assert (folder / "o.csv").read_text() == expected
     assert not set(seen) & set(again)
@@ -177,31 +181,90 @@ def hang_or_die(file):
         time.sleep(60)
     if "die" in file:
         os._exit(1)
-    return meta.Result(num_frames=len(file))
+    if "raise" in file:
+        raise MemoryError(file)
+    return clip_facts.Result(num_frames=len(Path(file).name))
 
 
-def test_a_file_that_hangs_or_crashes_costs_only_itself(monkeypatch):
+def test_a_file_that_hangs_or_crashes_costs_only_itself():
     """The worker is replaced, the others are measured, and the result says what happened."""
-    monkeypatch.setattr(meta, "measure", hang_or_die)
-    monkeypatch.setattr(meta, "START_SECONDS", 0.0)
-    fork = multiprocessing.get_context("fork")  # so that the workers see the replaced function
-    monkeypatch.setattr(meta.multiprocessing, "get_context", lambda kind: fork)
-    files = ["hang1", "die1", *(f"file{i}" for i in range(20)), "die2"]
-    begin = time.monotonic()
-    results = dict(meta.measure_all(files, num_workers=2, timeout_seconds=1.0))
-    assert time.monotonic() - begin < 10
+    files = ["hang1", "die1", *(f"file{i}" for i in range(20)), "raise1", "die2"]
+    results = dict(clip_facts.measure_all(files, num_workers=2, timeout_seconds=2.0, work=hang_or_die))
+    assert_only_bad_files_are_lost(results, files)
+
+
+def assert_only_bad_files_are_lost(results, files):
     assert set(results) == set(files)
-    assert results["hang1"].problem == "took over 1 s"
+    assert results["hang1"].problem == "took over 2 s"
     assert results["die1"].problem == results["die2"].problem == "the process that read it crashed"
-    assert all(results[f"file{i}"].problem == "" for i in range(20))
+    assert results["raise1"].problem.startswith("the process that read it crashed")
+    assert all(results[f][::4] == (len(f), "") for f in files if f.startswith("file"))
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """Two machines of one core each, as far as ray can tell."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    yield ray
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_ray_cluster_writes_what_processes_write(folder, ray_cluster, monkeypatch):
+    """Both machines measure; a run that was cut off goes on; bad files cost only themselves."""
+    monkeypatch.chdir(folder)
+    assert meta.main(["--input", "in.csv", "--output", "x.csv", "--num_workers", "0"]) == 0
+    arguments = ["--input", "in.csv", "--output", "y.csv", "--engine", "ray"]
+    files = [file for file in pd.read_csv("in.csv")["path"].unique() if file != "a.mp4"]
+    journal = clip_facts.Journal(Path("y_progress.jsonl"), resume=False)
+    journal.add("a.mp4", clip_facts.measure("a.mp4"))
+    journal.file.close()
+    assert meta.main([*arguments, "--resume"]) == 0
+    for name in ("{}.csv", "{}_errors.csv"):
+        assert Path(name.format("y")).read_text() == Path(name.format("x")).read_text()
+    assert not Path("y_progress.jsonl").exists() and len(files) == 8
+
+    assert ray_cluster.cluster_resources()["CPU"] == 2
+    files = ["hang1", "die1", *(f"file{i}" for i in range(20)), "raise1", "die2"]
+    how = {"num_workers": None, "timeout_seconds": 2.0, "engine": "ray"}
+    assert_only_bad_files_are_lost(dict(clip_facts.measure_all(files, **how, work=hang_or_die)), files)
+    machines = {r.problem for _, r in clip_facts.measure_all([str(i) for i in range(20)], **how, work=name_of_machine)}
+    assert len(machines) == 2
+
+
+def name_of_machine(file):
+    import ray
+
+    time.sleep(0.05)  # or one could do them all before the other begins
+    return clip_facts.Result(problem=ray.get_runtime_context().get_node_id())
+
+
+def test_an_engine_that_is_not_there_says_what_to_install(folder, capsys, monkeypatch):
+    """One line, status 2; and 0 workers are not for ray."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ["--input", str(folder / "in.csv"), "--output", str(folder / "y.csv"), "--engine", "ray"]
+    assert meta.main(arguments) == 2
+    assert "pip install -r requirements/ray.txt" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        meta.main([*arguments, "--num_workers", "0"])
 
 
 def test_the_journal_keeps_results_exactly(tmp_path):
     """NaN, text and numbers come back as they were."""
-    journal = meta.Journal(tmp_path / "j.jsonl", resume=False)
-    results = {"ä.mp4": meta.Result(3, 4, 5, 23.976), "b.png": meta.Result(1, 2, 3), "c": meta.Result(problem="x\ny")}
+    journal = clip_facts.Journal(tmp_path / "j.jsonl", resume=False)
+    results = {
+        "ä.mp4": clip_facts.Result(3, 4, 5, 23.976),
+        "b.png": clip_facts.Result(1, 2, 3),
+        "c": clip_facts.Result(problem="x\ny"),
+    }
     for file, result in results.items():
         journal.add(file, result)
-    back = meta.Journal(tmp_path / "j.jsonl", resume=True).results
+    back = clip_facts.Journal(tmp_path / "j.jsonl", resume=True).results
     assert json.dumps(back) == json.dumps(results)
     assert np.isnan(back["b.png"].fps)

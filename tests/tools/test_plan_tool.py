@@ -1,12 +1,17 @@
 """tools/plan.py predicts what can be counted: operations, memory, utilisation, coefficients from measured times."""
 
 import ast
+import functools
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mmengine.config import Config
@@ -14,7 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opensora_like.datasets.balance import Balance, balance_plan, utilisation
 from opensora_like.datasets.bucket import compile_buckets
-from opensora_like.datasets.cost import Grid
+from opensora_like.datasets.cost import COEFFICIENTS, CostModel, Grid
+from opensora_like.datasets.plan import build_plan, steps_in_epoch
+from opensora_like.datasets.shard_writer import write_shards
+from opensora_like.datasets.table import read_table
 from opensora_like.registry import MODELS, build
 from opensora_like.settings import RunConfig
 from opensora_like.training import measure, resources
@@ -56,12 +64,19 @@ def test_operations_are_those_that_torch_counts(options):
     assert work.step.at(tokens) == pytest.approx(step.get_total_flops(), rel=0.02)
 
 
-@pytest.mark.parametrize("options", [{"cond_embed": True}, {"fused_qkv": True, "use_liger_rope": True}])
-def test_memory_is_that_of_counted_tensors(options):
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"type": "mmdit", "cond_embed": True},
+        {"type": "flux", "fused_qkv": True, "use_liger_rope": True},
+        {"type": "wan", "variant": "t2v-1.3B", "grad_checkpoint": True},
+    ],
+)
+def test_memory_is_that_of_counted_tensors(section):
     """Saved tensors and the peak of a small bfloat16 model on the CPU are predicted within 3%."""
-    error = measure.memory_error({"type": "mmdit", **options})
+    error = measure.memory_error(section)
     assert abs(error.saved) < 0.03 and abs(error.peak) < 0.03
-    assert measure.memory_error({"type": "wan"}) is None
+    assert measure.memory_error({"type": "another"}) is None
 
 
 def test_the_published_model_is_counted_in_full():
@@ -149,10 +164,32 @@ def test_the_tool_prints_the_plan_and_fills_batches(plan):
     assert code == 2 and errors.startswith("plan.py: --world-size 6 does not divide")
 
 
+def test_an_epoch_is_that_of_the_table(plan, tmp_path):
+    """Steps and hours are those of epoch 0 of a table, whole or in shards: a step takes as long as its slowest rank."""
+    frames = np.random.default_rng(0).choice([1, 6, 30], 2000)
+    same = {"text": ["x"] * 2000, "height": [48] * 2000, "width": [48] * 2000, "fps": [24.0] * 2000}
+    columns = {"path": [str(i) for i in range(2000)], "num_frames": frames, **same}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    write_shards(tmp_path / "t.parquet", folder=tmp_path / "shards")
+    buckets = compile_buckets(ast.literal_eval(CONFIG.split("bucket_config = ")[1].splitlines()[0]), multiple=4)
+    epoch = build_plan(read_table(tmp_path / "t.parquet"), buckets, fps_max=24.0, seed=42, epoch=0)
+    steps = steps_in_epoch(len(epoch), 4)
+    for path in ("t.parquet", "shards"):
+        code, out, errors = plan("--world-size", 4, "--dataset.data-path", path, "--balance", None)
+        assert code == 0, errors
+        cost = dict(re.findall(r"(per_\w+) (\S+)", out.split("cost in TFLOP: ")[1].split("\n\n")[0]))
+        costs = CostModel(**{name: float(cost[name]) for name in COEFFICIENTS}).of_buckets(buckets, Grid(1, 4))
+        slowest = costs[epoch.bucket_ids[: 4 * steps]].reshape(steps, 4).max(axis=1).mean()
+        found = re.search(r"an epoch: (\d+) steps of (\S+) s, (\S+) h", out)
+        assert int(found[1]) == steps and f"epoch 0 of {path}" in " ".join(out.split())
+        assert float(found[2]) == pytest.approx(slowest / (resources.GPUS["h200"].tflops * 0.4), rel=0.01)
+        assert float(found[3]) == pytest.approx(float(found[2]) * steps / 3600, rel=0.01)
+
+
 def test_measured_steps_give_coefficients(plan, tmp_path):
-    """--measure writes one line per rung, and --calibrate makes of them a cost that the config takes."""
+    """--measure writes two lines per rung, and --calibrate makes of them a cost that the config takes."""
     assert plan("--measure", "steps.jsonl", "--dtype", "fp32", "--repeats", 1)[0] == 0
-    assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 8
     code, out, errors = plan("--calibrate", "steps.jsonl")
     assert code == 0, errors
     line = next(line for line in out.splitlines() if line.startswith("cost = "))
@@ -160,8 +197,65 @@ def test_measured_steps_give_coefficients(plan, tmp_path):
     cost = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     assert sum(cost.values()) > 0
     assert RunConfig(**Config.fromfile("config.py").to_dict(), cost=cost).cost == cost
+    assert all(0 <= value < math.inf for value in cost.values())
+    buckets = compile_buckets(ast.literal_eval(CONFIG.split("bucket_config = ")[1].splitlines()[0]), multiple=4)
+    seconds = CostModel(**cost).of_buckets(buckets, Grid(1, 4))
+    assert (seconds > 0).all() and seconds.max() < 1000
+    assert "data-parallel ranks" in plan("--cost", str(cost))[1]
     code, _, errors = plan("--calibrate", "none.jsonl")
     assert code == 2 and "does not exist; write it with --measure" in errors
+
+
+@functools.cache
+def _measured():
+    model = measure.build_on_meta(SMALL, where="model")
+    return measure.measure_work(model, text_length=24), measure.measure_memory(model, text_length=24)
+
+
+def _prediction(rank, *, encode_bytes=0.0):
+    """Of the small model on 4 x 8 x 8 latents, the autoencoder's peak proportional to pixels."""
+    work, memory = _measured()
+    encode = measure.EncodeUse(0.0, encode_bytes, 0.0, 0)
+    return resources.Prediction(Grid(4, 16), resources.cost_model(work), memory, encode, None, rank)
+
+
+SEVERAL = compile_buckets({"256px": {1: (1.0, 40), 17: (1.0, 8), 65: (1.0, 2)}, "512px": {1: (1.0, 4)}}, multiple=16)
+
+
+@pytest.mark.parametrize("gpu", resources.GPUS)
+def test_time_is_operations_over_peak_and_mfu(gpu):
+    """On every GPU; ranks that share a sample take their part of operations and activations, not of what is held."""
+    one, four = (
+        _prediction(resources.Rank(resources.GPUS[gpu], 0.4, held=2.0**31, split=split)).of_rungs(SEVERAL)
+        for split in (1, 4)
+    )
+    for alone, shared in zip(one, four, strict=True):
+        assert alone.seconds == pytest.approx(alone.tflop / (resources.GPUS[gpu].tflops * 0.4))
+        assert alone.tflop == pytest.approx(4 * shared.tflop)
+        assert alone.gib - 2 == pytest.approx(4 * (shared.gib - 2))
+        t, h, w = -(-alone.shape.num_frames // 4), alone.shape.height // 16, alone.shape.width // 16
+        assert alone.tokens == t * h * w == max(Grid(4, 16).tokens(s) for s in _of_rung(alone.shape))
+
+
+def _of_rung(shape):
+    return [s for s in SEVERAL.shapes if s[:2] == shape[:2]]
+
+
+@pytest.mark.parametrize("encode_bytes", [0.0, 200.0])
+def test_filled_batches_are_the_largest_that_fit_in_memory_and_time(encode_bytes):
+    """None is over the limit or slower than the slowest full one; one sample more of any would be."""
+    prediction = _prediction(resources.Rank(resources.GPUS["h100"], 0.4, held=2.0**30), encode_bytes=encode_bytes)
+    limit = 4.0
+    filled = prediction.fill(SEVERAL, limit_gib=limit)
+    slowest = max(use.seconds for use in filled)
+    for use in filled:
+        more = prediction.of(use.bucket, use.shape, use.batch_size + 1)
+        assert use.gib <= limit
+        assert more.gib > limit or more.seconds > slowest
+        one_sample = prediction.of(use.bucket, use.shape, 1).seconds
+        assert use.seconds > slowest - 1.01 * one_sample  # equal, up to the sample that does not fit
+    with pytest.raises(ValueError, match=r"needs .* GiB for one sample, the limit is 1\.0"):
+        prediction.fill(SEVERAL, limit_gib=1.001)
 
 
 def test_the_command_stands_alone(tmp_path):

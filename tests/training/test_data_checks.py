@@ -1,0 +1,35 @@
+"""Buckets that a run's models cannot take are named before training, and what they take at a cost is told."""
+
+import pytest
+
+from opensora_like.datasets.bucket import compile_buckets
+from opensora_like.datasets.cost import Grid
+from opensora_like.models.autoencoders.patch import PatchAutoencoder
+from opensora_like.training.data_checks import bucket_errors, bucket_notes
+
+GRID = Grid(temporal=4, spatial=16)
+
+
+def _buckets(*frames: int):
+    return compile_buckets({"64px": dict.fromkeys(frames, (1.0, 2))}, multiple=16)
+
+
+def test_lengths_that_an_autoencoder_refuses_are_named_once():
+    """One line for each, with its key and the lengths that are allowed; none for lengths of 4k + 1."""
+    autoencoder = PatchAutoencoder(8, 4)
+    assert bucket_errors(_buckets(1, 5, 9), autoencoder) == []
+    errors = bucket_errors(_buckets(1, 6, 8, 9), autoencoder)
+    assert [line.split(" ")[0] for line in errors] == ["bucket_config.64px.8", "bucket_config.64px.6"]
+    notes = bucket_notes(_buckets(1, 6, 9), autoencoder, GRID, sp_size=1)
+    assert notes == ["6 frames are not 4 * k + 1, and the autoencoder is causal: use 5 or 9"]
+
+
+@pytest.mark.parametrize("sp_size", [1, 2, 4, 5, 64])
+def test_tokens_that_ranks_cannot_share_evenly_are_counted(sp_size):
+    """Of every bucket, whether its tokens divide; and whether there are fewer of them than ranks."""
+    buckets = _buckets(1, 5, 9)
+    tokens = [GRID.tokens(shape) for shape in buckets.shapes]
+    notes = "\n".join(bucket_notes(buckets, PatchAutoencoder(8, 4), GRID, sp_size=sp_size))
+    uneven = {buckets.name(b) + buckets.ratios[b] for b, count in enumerate(tokens) if count % sp_size}
+    assert (f"does not divide the image tokens of {len(uneven)} buckets of one ratio" in notes) == bool(uneven)
+    assert ("nothing to do" in notes) == (min(tokens) < sp_size)
