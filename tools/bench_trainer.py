@@ -20,27 +20,27 @@ from opensora_like.training.trainer import Run, train
 NUM_BLOCKS = 4
 
 
-def bare_seconds(run: Run, num_steps: int) -> float:
+def bare_seconds(run: Run, num_steps: int, *, clock: Callable[[], float] = time.perf_counter) -> float:
     """Forward, backward and update on inputs that are already there."""
     batch = next(run.batches)
     inputs = run.step_fn.encode(batch)
     x0 = inputs.x0_BCTHW
     t_B = x0.new_full((len(batch),), 0.5)
-    began = time.perf_counter()
+    began = clock()
     for _ in range(num_steps):
         with run.booster.micro_batch(last=True):
             prediction = run.step_fn.model(x0, t_B, inputs.conditions)
             run.booster.backward((prediction.float() - x0).square().mean())
         run.booster.step()
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def whole_seconds(run: Run, num_steps: int) -> float:
+def whole_seconds(run: Run, num_steps: int, *, clock: Callable[[], float] = time.perf_counter) -> float:
     """The same number of steps of the training loop, from the file to the metrics."""
     run.schedule.total_steps = run.state.step + num_steps
-    began = time.perf_counter()
+    began = clock()
     train(run)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:

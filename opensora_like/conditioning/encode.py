@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from opensora_like import rng
+from opensora_like.conditioning import wan_i2v
 from opensora_like.conditioning.masks import check_condition_config, draw_tasks, visual_condition
 from opensora_like.datasets.batch import Batch
+from opensora_like.models.autoencoders.posterior import draw_latents
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
 from opensora_like.registry import nearest
 
@@ -66,6 +68,8 @@ class Encode:
         self._needs_guidance = "guidance" in model.condition_names
         self._needs_visual = "visual" in model.condition_names
         self._tasks = dict(condition_config) if condition_config else {"t2v": 1.0}
+        self._grey = self._needs_visual and wan_i2v.takes_grey_clips(model)
+        self._image_encoders = [name for name, encoder in self.encoders.items() if hasattr(encoder, "encode_images")]
         _check_conditions(model.condition_names, self.encoders, self._dropout)
         check_condition_config(
             self._tasks, is_causal=autoencoder.is_causal, temporal_stride=autoencoder.temporal_stride
@@ -79,7 +83,7 @@ class Encode:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Inputs:
         x0, video = self._latents(batch)
-        conditions = {name: self._text(name, batch) for name in self.encoders}
+        conditions = {name: self._text(name, batch) for name in self.encoders if name not in self._image_encoders}
         if self._needs_guidance:
             conditions["guidance"] = torch.full((len(batch),), self._guidance, device=self._device)
         given_BT = None
@@ -92,17 +96,26 @@ class Encode:
                 is_causal=self.autoencoder.is_causal,
                 temporal_stride=self.autoencoder.temporal_stride,
             )
-            conditions["visual"], given_BT = visual_condition(self.autoencoder, video, x0, tasks)
+            references = {name: z.to(self._device, non_blocking=True) for name, z in batch.references.items()}
+            if self._grey:
+                conditions["visual"], given_BT = wan_i2v.training_condition(self.autoencoder, video, tasks)
+            else:
+                found = visual_condition(self.autoencoder, video, x0, tasks, references=references)
+                conditions["visual"], given_BT = found
+            for name in self._image_encoders:
+                conditions[name] = self.encoders[name].encode_images(wan_i2v.first_given(video, tasks))
         return Inputs(x0, conditions, given_BT)
 
     def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Clean latents in float32, and the pixels they come from where there are any."""
-        if batch.latents_BCTHW is not None:
-            return batch.latents_BCTHW.to(self._device, torch.float32, non_blocking=True), None
-        video = batch.video_BCTHW.to(self._device, non_blocking=True)
         generator = None
         if self._sample_posterior:
             generator = rng.generator(self._seed, "posterior", batch.epoch, batch.rows[0], device=self._device)
+        if batch.latents_BCTHW is not None:
+            mean = batch.latents_BCTHW.to(self._device, torch.float32, non_blocking=True)
+            std = batch.latents_std_BCTHW
+            return draw_latents(mean, None if std is None else std.to(self._device, non_blocking=True), generator), None
+        video = batch.video_BCTHW.to(self._device, non_blocking=True)
         return self.autoencoder.encode(video, generator).float(), video
 
     def _text(self, name: str, batch: Batch) -> Tensor:
@@ -129,5 +142,7 @@ def _check_conditions(wanted: frozenset[str], encoders: Mapping, dropout: Mappin
     for name, ratio in dropout.items():
         if name not in encoders:
             raise ValueError(f"dropout_ratio.{name}: there is no such encoder; {nearest(name, encoders)}")
+        if hasattr(encoders[name], "encode_images"):
+            raise ValueError(f"dropout_ratio.{name}: it encodes given frames, which are not dropped; remove it")
         if not 0 <= ratio <= 1:
             raise ValueError(f"dropout_ratio.{name}={ratio} is not a probability; use 0 to 1")

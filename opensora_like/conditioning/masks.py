@@ -142,6 +142,11 @@ class _Piece(NamedTuple):
     latent_frames: slice  # of its latents
     num_frames: int
 
+    @property
+    def name(self) -> str:
+        """What cached latents of these frames are called."""
+        return f"{'head' if self.frames.start is None else 'tail'}{self.num_frames}"
+
 
 def _pieces(
     tasks: Sequence[str], num_frames: int, num_latent_frames: int, *, is_causal: bool, stride: int
@@ -163,9 +168,27 @@ def _pieces(
     return pieces
 
 
+def references_of(condition_config: Mapping[str, float] | None, *, is_causal: bool) -> dict[str, slice]:
+    """What has to be cached of a clip, so that its visual condition can be made without pixels.
+
+    Returns: name -> frames of the clip that are encoded alone; empty for t2v only.
+    """
+    found = {}
+    for task in (name for name, weight in (condition_config or {}).items() if weight > 0):
+        for end, count in given_frames(task, is_causal=is_causal)._asdict().items():
+            if count == 1 or (count and is_causal):
+                found[f"{end}{count}"] = slice(count) if end == "head" else slice(-count, None)
+    return dict(sorted(found.items()))
+
+
 @torch.no_grad()
 def visual_condition(
-    autoencoder: Autoencoder, video_BCTHW: Tensor | None, x0_BCTHW: Tensor, tasks: Sequence[str]
+    autoencoder: Autoencoder,
+    video_BCTHW: Tensor | None,
+    x0_BCTHW: Tensor,
+    tasks: Sequence[str],
+    *,
+    references: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the denoiser is shown of the clips: a mask, and the latents of the given frames.
 
@@ -176,6 +199,7 @@ def visual_condition(
     Args:
         video_BCTHW: pixels that `x0_BCTHW` was encoded from; None is enough where no piece has to be encoded.
         tasks: one per sample.
+        references: latents of given frames by the names of `references_of`, [B, C, T', H, W]; used without pixels.
 
     Returns: ([B, 1 + C, T, H, W] in the dtype of `x0_BCTHW`: mask first, then latents, zero outside the mask;
         bool [B, T], True where the frame is given). Both are zero for images.
@@ -204,14 +228,22 @@ def visual_condition(
             latents[piece.sample, :, piece.latent_frames] = x0_BCTHW[piece.sample, :, piece.latent_frames]
     for group in to_encode.values():
         if video_BCTHW is None:
-            raise ValueError(
-                f"task {tasks[group[0].sample]!r} needs pixels, the batch has latents only; use a dataset that reads "
-                "videos, or condition_config=dict(_delete_=True, t2v=1.0)"
-            )
-        encoded = autoencoder.encode(torch.stack([video_BCTHW[p.sample, :, p.frames] for p in group]))
+            encoded = [_cached(piece, references or {}, tasks) for piece in group]
+        else:
+            encoded = autoencoder.encode(torch.stack([video_BCTHW[p.sample, :, p.frames] for p in group]))
         for piece, z in zip(group, encoded, strict=True):
             latents[piece.sample, :, piece.latent_frames] = z.to(latents.dtype)
     return _concat_mask(mask_BT, latents), mask_BT
+
+
+def _cached(piece: _Piece, references: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
+    if piece.name not in references:
+        raise ValueError(
+            f"condition_config.{tasks[piece.sample]} needs pixels or cached latents of the given frames "
+            f"({piece.name!r}), the batch has latents only and of given frames {sorted(references)}; cache with this "
+            "condition_config, use a dataset that reads videos, or condition_config=dict(_delete_=True, t2v=1.0)"
+        )
+    return references[piece.name][piece.sample]
 
 
 def _concat_mask(mask_BT: Tensor, latents_BCTHW: Tensor) -> Tensor:

@@ -85,9 +85,13 @@ class Autoencoder(Protocol):
     temporal_stride: int
     spatial_stride: int
     is_causal: bool  # the first frame is coded alone: 4k+1 frames give k+1 latent frames
+    has_deviation: bool  # `posterior` gives one
 
     def encode(self, video_BCTHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents, scaled for the denoiser. With a generator the posterior is sampled, without it is its mean."""
+
+    def posterior(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `encode` draws from: mean and standard deviation, scaled; None from one that does not sample."""
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         """Pixels, not clipped."""

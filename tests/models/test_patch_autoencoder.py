@@ -48,9 +48,15 @@ def test_each_pixel_stays_in_its_place():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: PatchAutoencoder(4, 4).latent_shape(8, 8, 8), "8 frames .* temporal_stride=4; use 5 frames"),
-        (lambda: PatchAutoencoder(4).latent_shape(0, 8, 8), "0 frames .* use 1 frames"),
-        (lambda: PatchAutoencoder(4).encode(torch.zeros(1, 3, 1, 8, 10)), "8 x 10 pixels .* patch_size=4"),
+        (
+            lambda: PatchAutoencoder(4, 4).latent_shape(8, 8, 8),
+            "num_frames=8 is not .* nearest allowed: 5 or 9",
+        ),
+        (lambda: PatchAutoencoder(4).latent_shape(0, 8, 8), "num_frames=0 is not .* nearest allowed: 1"),
+        (
+            lambda: PatchAutoencoder(4).encode(torch.zeros(1, 3, 1, 8, 10)),
+            "width=10 is not .* nearest allowed: 8 or 12",
+        ),
         (lambda: PatchAutoencoder(4).encode(torch.zeros(1, 1, 1, 8, 8)), "1 channels, 3 are needed"),
         (lambda: PatchAutoencoder(4).decode(torch.zeros(1, 16, 1, 2, 2)), "16 channels, 48 are needed"),
         (lambda: PatchAutoencoder(0), "patch_size=0"),

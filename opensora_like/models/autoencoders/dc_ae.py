@@ -42,6 +42,7 @@ class DCAE(nn.Module):
     """
 
     is_causal = False
+    has_deviation = False
 
     def __init__(
         self,
@@ -131,6 +132,10 @@ class DCAE(nn.Module):
         run = self._per_frame(self.encoder)
         z = run_by_samples(lambda part: self.tiling.encode(run, part), video, self.mini_batch_size)
         return z.float() / self.config.scaling_factor
+
+    def posterior(self, video_BCTHW: Tensor) -> tuple[Tensor, None]:
+        """The latents as `encode` gives them, and no deviation: nothing is drawn."""
+        return self.encode(video_BCTHW), None
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         """Pixels [B, 3, 4T (1 if T is 1), 32H, 32W], not clipped, in the dtype of the weights."""

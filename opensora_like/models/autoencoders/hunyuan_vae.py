@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opensora_like.models.autoencoders.batching import resolve_mini_batch, run_by_samples
 from opensora_like.models.autoencoders.hunyuan_layers import rebuild
 from opensora_like.models.autoencoders.loading import check_multiple, finish
+from opensora_like.models.autoencoders.posterior import draw_latents
 from opensora_like.models.autoencoders.tiling import Tiling
 from opensora_like.registry import MODELS
 
@@ -45,6 +46,7 @@ class HunyuanVAE(nn.Module):
     temporal_stride = 4
     spatial_stride = 8
     is_causal = True
+    has_deviation = True
 
     def __init__(
         self,
@@ -124,6 +126,10 @@ class HunyuanVAE(nn.Module):
         """
         return self.latents_of(self.moments(video_BCTHW), generator)
 
+    def posterior(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents for the denoiser, each float32 and shaped as `encode` gives."""
+        return self._scaled(self.moments(video_BCTHW))
+
     def moments(self, video_BCTHW: Tensor) -> Tensor:
         """Mean and log variance of the posterior: [B, 2C, T', H', W'] in the dtype of the weights."""
         self.latent_shape(*video_BCTHW.shape[2:])
@@ -132,12 +138,13 @@ class HunyuanVAE(nn.Module):
 
     def latents_of(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Sample or mean of the posterior, scaled for the denoiser; float32."""
+        return draw_latents(*self._scaled(moments), generator)
+
+    def _scaled(self, moments: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = moments.float().chunk(2, dim=1)
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
-            # The bounds keep exp() finite for a bad frame; published codes have the same.
-            mean = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
-        return self.scale_factor * (mean - self.shift_factor)
+        # The bounds keep exp() finite for a bad frame; published codes have the same.
+        std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        return self.scale_factor * (mean - self.shift_factor), self.scale_factor * std
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         """Pixels [B, 3, (T-1)*4+1, H*8, W*8], not clipped, in the dtype of the weights."""

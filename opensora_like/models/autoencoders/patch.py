@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from opensora_like.models.autoencoders.loading import check_multiple
 from opensora_like.registry import MODELS
 
 
@@ -30,6 +31,7 @@ class PatchAutoencoder(nn.Module):
     """
 
     is_causal = True
+    has_deviation = False
 
     def __init__(self, patch_size: int = 8, temporal_stride: int = 1, *, scale: float = 1.0, channels: int = 3) -> None:
         super().__init__()
@@ -58,6 +60,10 @@ class PatchAutoencoder(nn.Module):
         x = torch.cat([first, video_BCTHW], dim=2).reshape(b, c, shape[1], s, height // p, p, width // p, p)
         return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, *shape) * self.scale
 
+    def posterior(self, video_BCTHW: Tensor) -> tuple[Tensor, None]:
+        """The latents as `encode` gives them, and no deviation: nothing is drawn."""
+        return self.encode(video_BCTHW), None
+
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         """Pixels, not clipped; in the dtype of `z_BCTHW`.
 
@@ -79,11 +85,7 @@ class PatchAutoencoder(nn.Module):
             ValueError: frames or pixels that do not fill whole blocks.
         """
         s, p = self.temporal_stride, self.spatial_stride
-        if num_frames < 1 or (num_frames - 1) % s:
-            raise ValueError(
-                f"patch autoencoder: {num_frames} frames are not 1 + a multiple of temporal_stride={s}; use"
-                f" {max(num_frames - 1, 0) // s * s + 1} frames"
-            )
-        if min(height, width) < 1 or height % p or width % p:
-            raise ValueError(f"patch autoencoder: {height} x {width} pixels do not divide by patch_size={p}")
+        check_multiple(num_frames, s, offset=1, where="patch: num_frames")
+        check_multiple(height, p, where="patch: height")
+        check_multiple(width, p, where="patch: width")
         return self.latent_channels, (num_frames - 1) // s + 1, height // p, width // p

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_like.models.autoencoders.loading import DTYPES, check_keys, check_multiple
+from opensora_like.models.autoencoders.posterior import draw_latents
 from opensora_like.registry import MODELS, nearest
 from opensora_like.rng import generator as make_generator
 
@@ -23,6 +24,7 @@ class WanVAE(nn.Module):
     """diffusers' ``AutoencoderKLWan``; no frame depends on a later one. Frozen; latents are normed per channel.
 
     A clip is coded in chunks of 1, 4, 4, ... frames, so memory beyond the clip itself does not grow with its length.
+    Built on ``meta`` it has the published sizes, and nothing is read.
 
     Args:
         from_pretrained: a diffusers folder (of the autoencoder, or of a pipeline with ``vae/`` in it), a name on the
@@ -46,6 +48,7 @@ class WanVAE(nn.Module):
     temporal_stride = 4
     spatial_stride = 8
     is_causal = True
+    has_deviation = True
 
     def __init__(
         self,
@@ -60,14 +63,18 @@ class WanVAE(nn.Module):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        if (from_pretrained is None) == (tiny is None):
+        on_meta = torch.get_default_device().type == "meta"
+        if (from_pretrained is None) == (tiny is None) and not on_meta:
             raise ValueError(
                 f"wan_vae: from_pretrained={from_pretrained!r} and tiny={tiny!r}; give exactly one of a folder, hub"
                 " name or file, and the sizes of a tiny random autoencoder"
             )
         _check_tiles(tile_size, tile_stride)
         target = None if dtype is None else DTYPES[dtype]
-        self.model = _build_tiny(tiny) if tiny is not None else _load(from_pretrained, target, cache_dir=cache_dir)
+        if tiny is not None:
+            self.model = _build_tiny(tiny)
+        else:
+            self.model = _build_published() if on_meta else _load(from_pretrained, target, cache_dir=cache_dir)
         self.model.to(target).requires_grad_(False).eval()
         _check_published(self.model.config, where=f"wan_vae: from_pretrained={from_pretrained!r}")
         self.latent_channels = int(self.model.config.z_dim)
@@ -109,21 +116,25 @@ class WanVAE(nn.Module):
         Raises:
             ValueError: a size that cannot be coded, see `latent_shape`.
         """
+        return draw_latents(*self.posterior(video_BCTHW), generator)
+
+    def posterior(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the normed latents, each float32 and shaped as `encode` gives them."""
         self.latent_shape(*video_BCTHW.shape[2:])
-        posterior = self.model.encode(video_BCTHW.to(self.model.dtype)).latent_dist
-        return self.latents_of(posterior.mean, posterior.logvar, generator)
+        published = self.model.encode(video_BCTHW.to(self.model.dtype)).latent_dist
+        return self._normed(published.mean, published.logvar)
 
     def latents_of(self, mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Sample or mean of the posterior, normed per channel; float32.
 
-        The sample is drawn before it is normed: a published trainer norms the mean alone and then adds noise of the
-        size it had before, 1.1 to 3.3 times too much.
+        Mean and deviation are both normed: a published trainer norms the mean alone and then adds noise of the size
+        it had before, 1.1 to 3.3 times too much.
         """
-        z = mean.float()
-        if generator is not None:
-            noise = torch.randn(z.shape, generator=generator, device=generator.device).to(z.device)
-            z = z + torch.exp(0.5 * log_variance.float()) * noise
-        return (z - self._mean.to(z.device)) / self._std.to(z.device)
+        return draw_latents(*self._normed(mean, log_variance), generator)
+
+    def _normed(self, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self._std.to(mean.device)
+        return (mean.float() - self._mean.to(mean.device)) / norm, torch.exp(0.5 * log_variance.float()) / norm
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         """Pixels [B, 3, (T-1)*4+1, H*8, W*8], clipped to [-1, 1] by diffusers, in the dtype of the weights."""
@@ -207,6 +218,12 @@ def _read_file(path: Path, where: str) -> dict[str, Tensor]:
     except (SafetensorError, UnpicklingError, RuntimeError) as problem:
         raise ValueError(f"{where} cannot be read as {path.suffix}: {problem}") from problem
     return weights.get("state_dict", weights)
+
+
+def _build_published() -> nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan()
 
 
 def _build_tiny(tiny: Mapping[str, int]) -> nn.Module:
