@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opensora_like.registry import SCHEDULERS
+from opensora_like.schedulers.distributions import (
+    MAX_MODE_SCALE,
+    MIN_BETA,
+    BetaTimes,
+    LogitNormalTimes,
+    ModeTimes,
+    Times,
+    UniformTimes,
+)
 
-MAX_MODE_SCALE = 2 / (math.pi - 2)  # beyond it the map of `mode_time` folds back
 NUM_WEIGHT_BINS = 1000
+VARYING_SHIFTS = ("resolution", "exponential", "root")  # those that depend on the number of tokens
 CHOICES = {
-    "t_distribution": ("logit_normal", "uniform", "mode", "mix", "lognorm"),
+    "t_distribution": ("logit_normal", "uniform", "mode", "mix", "lognorm", "beta"),
     "window": ("clamp", "truncate"),
     "weighting": (None, "uniform", "linear", "bsmntw"),
 }
@@ -27,11 +35,14 @@ READ_ONLY_WITH = {
     "logit_mean": (0.0, "t_distribution", ("logit_normal",)),
     "logit_std": (1.0, "t_distribution", ("logit_normal",)),
     "mode_scale": (1.29, "t_distribution", ("mode",)),
-    "mix_uniform_ratio": (0.0, "t_distribution", ("logit_normal", "lognorm", "mix", "mode")),
-    "base_tokens": (256, "shift", ("resolution",)),
-    "max_tokens": (4096, "shift", ("resolution",)),
-    "base_shift": (1.0, "shift", ("resolution",)),
-    "max_shift": (3.0, "shift", ("resolution",)),
+    "beta_alpha": (2.5, "t_distribution", ("beta",)),
+    "beta_beta": (1.5, "t_distribution", ("beta",)),
+    "mix_uniform_ratio": (0.0, "t_distribution", ("logit_normal", "lognorm", "mix", "mode", "beta")),
+    "base_tokens": (256, "shift", ("resolution", "exponential")),
+    "max_tokens": (4096, "shift", VARYING_SHIFTS),
+    "base_shift": (1.0, "shift", ("resolution", "exponential")),
+    "max_shift": (3.0, "shift", VARYING_SHIFTS),
+    "weight_slope": (None, "weighting", ("linear",)),
     "normalize_weight": (False, "weighting", ("linear", "bsmntw")),
 }
 
@@ -45,11 +56,6 @@ def linear_shift(num_tokens: float, *, base_tokens: int, max_tokens: int, base_s
     """The line through (base_tokens, base_shift) and (max_tokens, max_shift), not clamped at its ends."""
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return base_shift + slope * (num_tokens - base_tokens)
-
-
-def mode_time(u: Tensor, scale: float) -> Tensor:
-    """Uniform numbers to times with a heavier (scale > 0) or lighter middle. Source: SD3, arXiv:2403.03206, eq. 20."""
-    return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
 
 def bell_weight(t_B: Tensor, num_bins: int = NUM_WEIGHT_BINS) -> Tensor:
@@ -77,19 +83,25 @@ class FlowMatching:
         t_distribution: of the times before the shift. "lognorm" and "mix" are both the standard logit-normal.
         logit_mean, logit_std: of "logit_normal".
         mode_scale: of "mode", in [-1, 1.7519].
+        beta_alpha, beta_beta: of "beta"; 0.5 or more. Qwen-Image-Edit was trained with 2.5 and 1.5, and no shift.
         mix_uniform_ratio: probability, for each sample by itself, that its time is uniform instead.
-        shift: None, a constant (Wan 2.1 uses 3 at 480p and 5 at 720p), or "resolution": the line from
-            `base_shift` at `base_tokens` to `max_shift` at `max_tokens`, in tokens of one latent frame, times
-            the root of the number of latent frames. Source: SD3, arXiv:2403.03206; Open-Sora, time_shift.
+        shift: None, a constant (Wan 2.1 uses 3 at 480p and 5 at 720p), or one that depends on the number of tokens:
+            "resolution": the line from `base_shift` at `base_tokens` to `max_shift` at `max_tokens`, in tokens of
+            one latent frame, times the root of the number of latent frames. Source: SD3, arXiv:2403.03206;
+            Open-Sora, time_shift.
+            "exponential": e to such a line, in tokens of the clip; FLUX has base_shift 0.5 and max_shift 1.15.
+            "root": `max_shift` at `max_tokens` (DFM: 3 at 16384), in between with the root of the clip's tokens, but
+            not below 1. Source of both: DFM, time_shift.
         patch_size: of the denoiser, in latent cells; what the tokens are counted with. Open-Sora counts H*W//4 in
             training whatever its patch, which is this with 2; at patch 1 its training and its sampling disagree.
         sigma_min: noise left at t=0.
         t_min, t_max: the times after the shift stay within.
         window: "clamp" puts the times outside on the ends; "truncate" draws from the distribution given that the
             time is inside, so no mass gathers at an end (one of two experts trains on a window this way).
-        weighting: None or "uniform": 1; "linear": 1 + shift * t, needs a constant shift; "bsmntw": see `bell_weight`.
+        weighting: None or "uniform": 1; "linear": 1 + weight_slope * t; "bsmntw": see `bell_weight`.
+        weight_slope: None is the shift, which then has to be a number.
         normalize_weight: divide by the mean weight under the distribution of `t`, so that the learning rate
-            means the same with and without weighting; needs a shift that is not "resolution".
+            means the same with and without weighting; needs a shift that is the same for all clips.
 
     Raises:
         ValueError: a number out of range, or a setting that the others make meaningless.
@@ -98,12 +110,14 @@ class FlowMatching:
     def __init__(
         self,
         *,
-        t_distribution: Literal["logit_normal", "uniform", "mode", "mix", "lognorm"] = "logit_normal",
+        t_distribution: Literal["logit_normal", "uniform", "mode", "mix", "lognorm", "beta"] = "logit_normal",
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         mode_scale: float = 1.29,
+        beta_alpha: float = 2.5,
+        beta_beta: float = 1.5,
         mix_uniform_ratio: float = 0.0,
-        shift: float | Literal["resolution"] | None = None,
+        shift: float | Literal["resolution", "exponential", "root"] | None = None,
         base_tokens: int = 256,
         max_tokens: int = 4096,
         base_shift: float = 1.0,
@@ -114,17 +128,20 @@ class FlowMatching:
         t_max: float = 1.0,
         window: Literal["clamp", "truncate"] = "clamp",
         weighting: Literal["uniform", "linear", "bsmntw"] | None = None,
+        weight_slope: float | None = None,
         normalize_weight: bool = False,
     ) -> None:
         self.t_distribution, self.mode_scale, self.mix_uniform_ratio = t_distribution, mode_scale, mix_uniform_ratio
         self.logit_mean, self.logit_std = logit_mean, logit_std
+        self.beta_alpha, self.beta_beta = beta_alpha, beta_beta
         self.shift, self.patch_size, self.sigma_min = shift, patch_size, sigma_min
         self.base_tokens, self.max_tokens = base_tokens, max_tokens
         self.base_shift, self.max_shift = base_shift, max_shift
         self.t_min, self.t_max, self.window = t_min, t_max, window
-        self.weighting, self.normalize_weight = weighting, normalize_weight
+        self.weighting, self.weight_slope, self.normalize_weight = weighting, weight_slope, normalize_weight
         self._check_ranges()
         self._check_all_are_read()
+        self._times = self._distribution()
         self._weight_scale = 1 / self._mean_weight() if normalize_weight else 1.0
 
     def _check_ranges(self) -> None:
@@ -132,8 +149,9 @@ class FlowMatching:
             if getattr(self, name) not in known:
                 raise ValueError(f"scheduler.{name}={getattr(self, name)!r} is unknown; use one of {list(known)}")
         constant_shift = isinstance(self.shift, (int, float))
-        if self.shift not in (None, "resolution") and not (constant_shift and self.shift > 0):
-            raise ValueError(f"scheduler.shift={self.shift!r} must be above 0, 'resolution' or None")
+        if self.shift not in (None, *VARYING_SHIFTS) and not (constant_shift and self.shift > 0):
+            raise ValueError(f"scheduler.shift={self.shift!r} must be above 0, one of {list(VARYING_SHIFTS)}, or None")
+        has_slope = constant_shift or self.weight_slope is not None
         for name, is_right, needed in (
             ("logit_std", self.logit_std > 0, "above 0"),
             ("mode_scale", -1 <= self.mode_scale <= MAX_MODE_SCALE, f"in [-1, {MAX_MODE_SCALE:.4f}]"),
@@ -143,8 +161,15 @@ class FlowMatching:
             ("sigma_min", 0 <= self.sigma_min < 1, "in [0, 1)"),
             ("t_min", 0 <= self.t_min < self.t_max, f"0 or more and below t_max={self.t_max!r}"),
             ("t_max", self.t_max <= 1, "1 or less"),
-            ("weighting", self.weighting != "linear" or constant_shift, "'bsmntw' unless shift is a number"),
-            ("normalize_weight", not self.normalize_weight or self.shift != "resolution", "False where shift varies"),
+            ("beta_alpha", self.beta_alpha >= MIN_BETA, f"{MIN_BETA} or more"),
+            ("beta_beta", self.beta_beta >= MIN_BETA, f"{MIN_BETA} or more"),
+            ("weighting", self.weighting != "linear" or has_slope, "'bsmntw' unless shift or weight_slope is a number"),
+            ("weight_slope", self.weight_slope is None or self.weight_slope > -1, "above -1"),
+            (
+                "normalize_weight",
+                not self.normalize_weight or self.shift not in VARYING_SHIFTS,
+                "False where shift varies",
+            ),
         ):
             if not is_right:
                 raise ValueError(f"scheduler.{name}={getattr(self, name)!r} must be {needed}")
@@ -158,20 +183,35 @@ class FlowMatching:
                     f"remove it or change {decider}"
                 )
 
+    def _distribution(self) -> Times:
+        if self.t_distribution == "uniform":
+            return UniformTimes()
+        if self.t_distribution == "mode":
+            return ModeTimes(self.mode_scale)
+        if self.t_distribution == "beta":
+            return BetaTimes(self.beta_alpha, self.beta_beta)
+        # "lognorm" and "mix" have mean 0 and deviation 1: `_check_all_are_read` keeps the defaults
+        return LogitNormalTimes(self.logit_mean, self.logit_std)
+
     def alpha(self, latent_shape: tuple[int, int, int]) -> float:
         """The shift for latents of this shape; 1.0 where none is set."""
         if self.shift is None:
             return 1.0
-        if self.shift != "resolution":
+        if self.shift not in VARYING_SHIFTS:
             return float(self.shift)
         num_frames, height, width = latent_shape
+        tokens_of_frame = height * width // self.patch_size**2
+        if self.shift == "root":
+            return max(1.0, self.max_shift * math.sqrt(tokens_of_frame * num_frames / self.max_tokens))
         line = linear_shift(
-            height * width // self.patch_size**2,
+            tokens_of_frame * (num_frames if self.shift == "exponential" else 1),
             base_tokens=self.base_tokens,
             max_tokens=self.max_tokens,
             base_shift=self.base_shift,
             max_shift=self.max_shift,
         )
+        if self.shift == "exponential":
+            return math.exp(line)
         if line <= 0:
             raise ValueError(
                 f"scheduler.base_shift={self.base_shift!r}, max_shift={self.max_shift!r}: the line is {line:.3f} at "
@@ -205,42 +245,19 @@ class FlowMatching:
         Returns: float32 [B].
         """
         alpha = self.alpha(latent_shape)
-        t = self._unshifted(self._in_window(quantile_B.double(), alpha, self.t_distribution), self.t_distribution)
+        t = self._in_window(quantile_B.double(), alpha, self._times)
         if self.mix_uniform_ratio > 0:
-            uniform = self._in_window(quantile_B.double(), alpha, "uniform")
+            uniform = self._in_window(quantile_B.double(), alpha, UniformTimes())
             t = torch.where(gate_B < self.mix_uniform_ratio, uniform, t)
         return shift_time(t, alpha).float().clamp(self.t_min, self.t_max)
 
-    def _unshifted(self, quantile: Tensor, distribution: str) -> Tensor:
-        if distribution == "uniform":
-            return quantile
-        if distribution == "mode":
-            return mode_time(quantile, self.mode_scale).clamp(0, 1)
-        # "lognorm" and "mix" have mean 0 and deviation 1: `_check_all_are_read` keeps the defaults
-        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(quantile))
-
-    def _in_window(self, quantile: Tensor, alpha: float, distribution: str) -> Tensor:
-        """Squeeze quantiles so that the shifted time falls inside [t_min, t_max]."""
+    def _in_window(self, quantile: Tensor, alpha: float, times: Times) -> Tensor:
+        """Times before the shift; with "truncate" of a part of the distribution that falls inside [t_min, t_max]."""
         if self.window == "clamp":
-            return quantile
+            return times.time_at(quantile)
         unshifted = [end / (alpha - (alpha - 1) * end) for end in (self.t_min, self.t_max)]
-        ends = sorted(self._quantile_of(t, distribution) for t in unshifted)
-        return ends[0] + (ends[1] - ends[0]) * quantile
-
-    def _quantile_of(self, t: float, distribution: str) -> float:
-        """The base number that `_unshifted` maps to `t`."""
-        if distribution == "uniform":
-            return t
-        if distribution != "mode":
-            if t <= 0 or t >= 1:
-                return float(t >= 1)
-            return NormalDist(self.logit_mean, self.logit_std).cdf(math.log(t / (1 - t)))
-        low, high = 0.0, 1.0  # `mode_time` falls from 1 to 0 and has no closed inverse
-        for _ in range(60):
-            middle = (low + high) / 2
-            too_late = mode_time(torch.tensor(middle, dtype=torch.float64), self.mode_scale).item() > t
-            low, high = (middle, high) if too_late else (low, middle)
-        return (low + high) / 2
+        ends = sorted(times.quantile_of(t) for t in unshifted)
+        return times.time_at(ends[0] + (ends[1] - ends[0]) * quantile)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
         """Mix in float32, whatever `x0` is: bfloat16 keeps 8 bits of `t` and would round it.
@@ -266,8 +283,10 @@ class FlowMatching:
         """What each sample's loss is multiplied with. Returns: float32 [B]."""
         if self.weighting in (None, "uniform"):
             return torch.ones_like(t_B, dtype=torch.float32)
-        plain = 1 + float(self.shift) * t_B.float() if self.weighting == "linear" else bell_weight(t_B)
-        return plain * self._weight_scale
+        if self.weighting == "bsmntw":
+            return bell_weight(t_B) * self._weight_scale
+        slope = self.shift if self.weight_slope is None else self.weight_slope
+        return (1 + float(slope) * t_B.float()) * self._weight_scale
 
     def _mean_weight(self) -> float:
         """The mean of `weight` over the distribution of `t`, by the midpoint rule."""

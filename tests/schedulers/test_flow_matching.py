@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from opensora_like.registry import SCHEDULERS, build
-from opensora_like.schedulers.flow_matching import FlowMatching, bell_weight, linear_shift, mode_time, shift_time
+from opensora_like.schedulers.distributions import mode_time
+from opensora_like.schedulers.flow_matching import FlowMatching, bell_weight, linear_shift, shift_time
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MATHS, MATHS_JSON = (
@@ -155,10 +156,41 @@ def test_weights_densities_and_shifts_match_the_other_published_ones():
     close(FlowMatching(shift=3.0).shift_t(t, SHAPE), DFM["time_shift/constant/L256/default"])
     close(FlowMatching(shift=5.0).shift_t(t, SHAPE), DFM["time_shift/constant/L256/alt"])
     close(FlowMatching().shift_t(t, SHAPE), DFM["time_shift/none/L256/default"])
+    root = FlowMatching(shift="root", max_tokens=16384, patch_size=1)
+    for length in (256, 4096, 16384, 65536):
+        for name, ends in (("default", (0.5, 1.15)), ("alt", (0.3, 2.0))):
+            line = {"base_tokens": 0, "base_shift": ends[0], "max_shift": ends[1]}
+            exponential = FlowMatching(shift="exponential", patch_size=1, **line)
+            for flow, kind in ((exponential, "linear"), (root, "sqrt")):
+                shape = (16, length // 16, 1)  # all frames are counted
+                close(flow.shift_t(t, shape), DFM[f"time_shift/{kind}/L{length}/{name}"], atol=2e-6)
     for shift in (3.0, 7.0):
         close(FlowMatching(shift=shift, weighting="linear").weight(t), DFM[f"loss_weight/shift{shift:.0f}"])
     close(bell_weight((torch.arange(200) + 0.5) / 200, 200), DFM["loss_weight/bsmntw_200"])
     close(mode_time(DFM["draws/uniform"], 1.29), DFM["density/mode"])
+
+
+def test_beta_times_have_the_published_shape():
+    """Beta(2.5, 1.5) has the mean and variance of its formula, to 1e-6, and the quantiles of a recorded sample."""
+    recorded = DFM_JSON["beta"]
+    flow = FlowMatching(t_distribution="beta", beta_alpha=recorded["alpha"], beta_beta=recorded["beta"])
+    quantile = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t = flow.t_from_base(torch.ones_like(quantile), quantile, SHAPE).double()
+    close(t.mean(), 0.625)
+    close(t.var(), 0.046875)
+    at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    close(t.quantile(at), recorded["quantiles"], atol=5e-3)
+    arcsine = FlowMatching(t_distribution="beta", beta_alpha=0.5, beta_beta=0.5)
+    close(arcsine.t_from_base(torch.ones_like(at), at, SHAPE), torch.sin(math.pi / 2 * at) ** 2)
+
+
+def test_without_a_shift_times_and_weights_match_the_published_ones():
+    """The published switch that turns the shift off leaves the slope of the weights at it: weight_slope."""
+    flow = FlowMatching(t_distribution="uniform", weighting="linear", weight_slope=3.0)
+    t = DFM["time_shift/t"]
+    close(flow.weight(t), DFM["loss_weight/shift3"])
+    clamped = FlowMatching(t_distribution="uniform", t_min=0.1, t_max=0.8)
+    close(clamped.t_from_base(torch.ones(16), DFM["draws/uniform"], SHAPE), DFM["sample/no_shift/sigma"])
 
 
 @pytest.mark.parametrize("i", range(3))
@@ -206,7 +238,7 @@ def test_true_velocity_reaches_data_in_one_step():
     assert x_t.dtype == flow.target(x0.bfloat16(), noise).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["logit_normal", "uniform", "mode", "mix", "lognorm"])
+@pytest.mark.parametrize("name", ["logit_normal", "uniform", "mode", "mix", "lognorm", "beta"])
 def test_a_samples_time_depends_on_its_generator_alone(name):
     """Batches cut or ordered differently give each row the same time, the uniform mixture included."""
     flow = FlowMatching(t_distribution=name, mix_uniform_ratio=0.0 if name == "uniform" else 0.5, shift="resolution")
@@ -226,7 +258,7 @@ def test_uniform_mixture_is_decided_per_sample():
     assert abs(mixed[plain != mixed].mean().item() - 0.5) < 0.05
 
 
-@pytest.mark.parametrize("name", ["logit_normal", "uniform", "mode"])
+@pytest.mark.parametrize("name", ["logit_normal", "uniform", "mode", "beta"])
 def test_truncation_leaves_no_mass_at_the_ends(name):
     """A truncated window keeps the shape of the distribution inside; a clamp would put most samples on its end."""
     base = {"t_distribution": name, "shift": 3.0}
@@ -275,6 +307,11 @@ def test_float32_times_stay_distinct():
         ({"shift": 3.0, "max_shift": 4.0}, "not read"),
         ({"normalize_weight": True}, "not read"),
         ({"weighting": "cubic"}, "weighting"),
+        ({"weight_slope": 2.0}, "not read"),
+        ({"weighting": "linear", "weight_slope": -1.0}, "weight_slope"),
+        ({"beta_alpha": 3.0}, "not read"),
+        ({"t_distribution": "beta", "beta_beta": 0.4}, "0.5 or more"),
+        ({"shift": "root", "base_shift": 2.0}, "not read"),
         ({"window": "cut"}, "window"),
     ],
 )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from opensora_like.schedulers.flow_matching import FlowMatching
+from opensora_like.schedulers.grids import diffusers_grid
 from opensora_like.schedulers.samplers import (
     Guidance,
     guidance_scales,
@@ -218,3 +219,22 @@ def test_conditions_that_cannot_be_guided_are_refused():
         guided_velocity(ToyModel(), x, **ok, guidance=Guidance().for_task("t2v"))
     with pytest.raises(ValueError, match="needs null_image"):
         guided_velocity(ToyModel(), x, **ok, guidance=Guidance())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 50])
+def test_grids_are_those_of_diffusers(num_steps, shift):
+    """Times and what the model is told of them equal both schedulers', to float32's last bit."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    published = {
+        "unipc": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift),
+        "euler": FlowMatchEulerDiscreteScheduler(shift=shift),
+    }
+    for sampler, scheduler in published.items():
+        scheduler.set_timesteps(num_steps)
+        grid = diffusers_grid(num_steps, sampler=sampler, shift=shift)
+        torch.testing.assert_close(grid.times, scheduler.sigmas, atol=1e-6, rtol=0)
+        torch.testing.assert_close(grid.told * 1000, scheduler.timesteps.float(), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="num_steps"):
+        diffusers_grid(0, sampler="euler", shift=shift)

@@ -6,6 +6,7 @@ Letters of the shape suffixes: B batch, C channels, T time, H W space, L tokens,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class Wan(nn.Module):
     With `in_channels` above `out_channels` (i2v) the condition "visual" is put beside the latents. Wan marks the four
     frames of a latent frame with four mask channels; the mask of the house has one per latent frame and is repeated:
     the same for given heads. A visual condition with all channels (``in_channels - out_channels``: Wan's own "y") is
-    taken as it is. Published i2v weights have seen, behind the given frames, the latents of a grey clip, not zeros.
+    taken as it is. Published i2v weights have seen, behind the given frames, the latents of a grey clip; see `ungiven`.
 
     Args:
         variant: sizes of a published model: "t2v-1.3B", "t2v-14B", "i2v-14B" of Wan 2.1, "t2v-A14B" and "i2v-A14B"
@@ -45,6 +46,9 @@ class Wan(nn.Module):
             image_dim, cross_attn_norm: in place of those sizes; without them the first four are needed.
         text_length: text tokens that the cross-attention sees: shorter text is filled with zeros, which it does
             attend to; published models have seen 512. None takes any length as it is.
+        ungiven: what the condition "visual" is meant to hold where no frame is given: "grey" (also None), the latents
+            of a grey clip and Wan's own mask (`conditioning.wan_i2v`), which published i2v weights need, or "zero",
+            as other models of this program have it. `forward` does not depend on it.
         grad_checkpoint: see `set_grad_checkpoint`.
         from_pretrained, cache_dir, strict_load: where weights come from. Kept as attributes for the program
             that loads them; nothing is read here.
@@ -72,6 +76,7 @@ class Wan(nn.Module):
         image_dim: int | None = None,
         cross_attn_norm: bool | None = None,
         text_length: int | None = 512,
+        ungiven: Literal["grey", "zero"] | None = None,
         grad_checkpoint: int | bool = False,
         from_pretrained: str | None = None,
         cache_dir: str | None = None,
@@ -97,6 +102,7 @@ class Wan(nn.Module):
         self.latent_channels, self.patch_size = sizes.out_channels, sizes.patch_size[1]
         self.from_pretrained, self.cache_dir, self.strict_load = from_pretrained, cache_dir, strict_load
         self.num_visual_channels = sizes.in_channels - sizes.out_channels
+        self.ungiven = _check_ungiven(ungiven, self.num_visual_channels)
         names = {"text": True, "visual": self.num_visual_channels > 0, "image_embeds": sizes.image_dim is not None}
         self.condition_names = frozenset(name for name, taken in names.items() if taken)
         self.sequence_cut: SequenceCut | None = None  # set by sequence parallelism
@@ -200,11 +206,6 @@ class Wan(nn.Module):
             raise ValueError(f"model.grad_checkpoint={settings!r} must be one count >= 0 of blocks, True or False")
         self._num_recomputed = counts[0]
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile each block on its own with torch.compile: one compilation serves them all, at any depth."""
-        for block in self.blocks:
-            block.compile(backend=backend)
-
     def parallel_plan(self) -> ParallelPlan:
         """How to cut the model.
 
@@ -262,6 +263,12 @@ class Wan(nn.Module):
                 f"wan condition 'visual' has shape {found}, [{len(x_BCTHW)}, {counts[0]} or {counts[1]},"
                 f" {', '.join(map(str, x_BCTHW.shape[2:]))}] is needed: the mask of given frames, then their latents"
             )
+
+
+def _check_ungiven(ungiven: str | None, num_visual_channels: int) -> str:
+    if ungiven is not None and not num_visual_channels:
+        raise ValueError(f"model.ungiven={ungiven!r} is about given frames, and this model takes none; remove it")
+    return ungiven or "grey"
 
 
 def _build_published(sizes: WanSizes) -> nn.Module:
