@@ -235,7 +235,7 @@ def _check_sections(values: dict[str, Any]) -> None:
         values["optim"] = dataclasses.asdict(Optim(**checked))
     for name, (registry, given) in SECTIONS.items():
         top = name.split(".")[0]
-        if top not in values:
+        if values.get(top) is None:
             continue
         sections = {f"{top}.{k}": v for k, v in values[top].items()} if "*" in name else {top: values[top]}
         for where, section in sections.items():

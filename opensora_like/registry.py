@@ -201,4 +201,5 @@ def _fit_sequence(value: Any, plain: type, args: tuple, where: str) -> Any:
 
 
 def _readable(hint: Any) -> str:
-    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+    name = None if typing.get_args(hint) else getattr(hint, "__name__", None)  # a union's own name says nothing
+    return name or str(hint).replace("typing.", "")

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opensora_like import rng
+from opensora_like.boosters.sequence_parallel import SequenceGroup
 from opensora_like.checkpoint.adapters import merge_adapters
-from opensora_like.checkpoint.weights import load_pretrained
+from opensora_like.checkpoint.weights import LoadReport, compare_shapes, read_weights
+from opensora_like.conditioning import wan_i2v
 from opensora_like.conditioning.masks import given_frames, inference_condition
 from opensora_like.datasets.aspect import shape_table
-from opensora_like.datasets.video_io import (
-    is_image,
-    probe,
-    read_frames,
-    read_image,
-    resize_crop,
-    write_image,
-    write_video,
-)
-from opensora_like.datasets.video_text import caption_with_suffix
+from opensora_like.datasets.video_io import BadSample, is_image, probe, read_frames, read_image, resize_crop
+from opensora_like.evaluation.placement import in_use
+from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of
+from opensora_like.evaluation.shared_video import Inputs, cut_sequence, is_leader, receive, send
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
 from opensora_like.registry import MODELS, SCHEDULERS, build, nearest
 from opensora_like.runtime import DTYPES, logger
-from opensora_like.schedulers.samplers import Guidance, guided_velocity, sample_euler, sample_unipc
+from opensora_like.schedulers.grids import diffusers_grid
+from opensora_like.schedulers.samplers import Guidance, Velocity, guided_velocity, sample_euler, sample_unipc
 from opensora_like.settings import InferenceConfig
 
+FRAMES_INPUT = "cond_in."  # of an MMDiT with cond_embed; its training begins at zero
 SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What to make. `number` is the row in the list of prompts, part of the seed; `refs` are files."""
-
-    number: int
-    text: str
-    name: str
-    negative: str
-    refs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,37 +41,123 @@ class Sampled:
     video_CTHW: Tensor
 
 
-def read_prompts(cfg: InferenceConfig) -> list[Prompt]:
-    """The prompts that a config names: one, or the rows of a csv.
+class Frozen(NamedTuple):
+    """What stands around the denoiser."""
+
+    autoencoder: Autoencoder
+    encoders: dict[str, TextEncoder]
+
+
+def build_frozen(cfg: InferenceConfig, device: torch.device) -> Frozen:
+    """Autoencoder and text encoders; with ``cfg.offload`` they wait in host memory.
 
     Raises:
-        ValueError: none or both are given, or the csv has no column `text`.
-        FileNotFoundError: no such csv.
+        ValueError, FileNotFoundError: weights that do not fit or are not there.
     """
-    if (cfg.prompt is None) == (cfg.prompts is None):
-        raise ValueError("give one of --prompt 'some text' and --prompts file.csv")
-    if cfg.prompt is not None:
-        refs = tuple(cfg.ref.split(";")) if cfg.ref else ()
-        return [Prompt(0, cfg.prompt, "prompt_0000", cfg.negative_prompt, refs)]
-    import pandas as pd
+    autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder")
+    encoders = {name: build(c, MODELS, where=f"encoders.{name}") for name, c in cfg.encoders.items()}
+    for module in (autoencoder, *encoders.values()):
+        module.requires_grad_(False).eval().to("cpu" if cfg.offload else device)
+    return Frozen(autoencoder, encoders)
 
-    path = Path(cfg.prompts)
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts={cfg.prompts!r} does not exist")
-    table = pd.read_csv(path, keep_default_na=False)
-    if "text" not in table.columns:
-        raise ValueError(f"prompts={cfg.prompts!r} has no column 'text'; it has {list(table.columns)}")
-    rows = table.to_dict("records")
-    return [
-        Prompt(
-            number,
-            str(row["text"]),
-            str(row.get("name") or f"{path.stem}_{number:04d}"),
-            str(row.get("neg") or cfg.negative_prompt),
-            tuple(str(row["ref"]).split(";")) if row.get("ref") else (),
+
+def load_denoiser(cfg: InferenceConfig) -> Denoiser:
+    """The denoiser with its weights, in `dtype`, on the CPU.
+
+    It is built without memory and takes the tensors that were read, so the host holds the weights once.
+
+    Raises:
+        ValueError, FileNotFoundError: weights that do not fit or are not there; see `read_weights`.
+    """
+    model = _build_unfilled(cfg)
+    source = cfg.ckpt_path or model.from_pretrained
+    if not source:
+        raise ValueError("no weights: give --ckpt-path with a checkpoint folder or a safetensors file")
+    weights, changes = model.adapt_weights(read_weights(source, use_ema=cfg.use_ema, where="ckpt_path"))
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    report, fitting = compare_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, own)
+    report = report._replace(adapted=tuple(changes))
+    _check_fit(report, cfg, source)
+    logger.info("ckpt_path %s: %s", source, report)
+    for line in report.lines():
+        logger.warning("ckpt_path %s: %s", source, line)
+    dtype = DTYPES[cfg.dtype] if cfg.lora_checkpoint is None else torch.float32  # adapters are added in float32
+    filled = {name: weights.pop(name).to(dtype) for name in fitting}
+    filled |= {name: torch.zeros(own[name], dtype=dtype) for name in report.missing}
+    model.load_state_dict(filled, assign=True)
+    if cfg.lora_checkpoint is not None:
+        number = merge_adapters(model, cfg.lora_checkpoint, where="lora_checkpoint", use_ema=cfg.use_ema)
+        logger.info("lora_checkpoint %s: %d tensors merged", cfg.lora_checkpoint, number)
+    return model.requires_grad_(False).eval().to(DTYPES[cfg.dtype])
+
+
+def _build_unfilled(cfg: InferenceConfig) -> Denoiser:
+    """The denoiser on ``meta``, unless it has tensors that no file holds."""
+    with torch.device("meta"):
+        model: Denoiser = build(cfg.model, MODELS, where="model")
+    if {name for name, _ in model.named_buffers()} - model.state_dict().keys():
+        model = build(cfg.model, MODELS, where="model")
+    return model
+
+
+def _check_fit(report: LoadReport, cfg: InferenceConfig, source: str) -> None:
+    """Every weight has to be there, but for the input of given frames where none are given: zero, it adds nothing.
+
+    Raises:
+        ValueError: the weights are of another model, or of one that was not trained with given frames.
+    """
+    if report.fits:
+        return
+    lacks_input = report.missing and all(name.startswith(FRAMES_INPUT) for name in report.missing)
+    if not lacks_input or report.unexpected or report.mismatched:
+        raise ValueError(f"ckpt_path={source!r} does not fit the model: {report}")
+    if any(given_frames(cfg.cond_type, is_causal=True)):
+        raise ValueError(
+            f"ckpt_path={source!r} was trained without given frames (it has no {report.missing}), and "
+            f"cond_type={cfg.cond_type!r} gives some; use --cond-type t2v --first-image none, or weights of a training "
+            "with model.cond_embed=True"
         )
-        for number, row in enumerate(rows)
-    ]
+
+
+def video_size(cfg: InferenceConfig, *, multiple: int) -> tuple[int, int]:
+    """Height and width in pixels, from both or from resolution and aspect ratio.
+
+    Open-Sora v2 samples some ratios at sizes that it is not trained at (4:3 at 768px: 656 x 880, not 672 x 880).
+
+    Args:
+        multiple: what both have to divide by: the autoencoder's stride times the patch size.
+
+    Raises:
+        ValueError: neither or both ways are given, or a size that does not divide.
+    """
+    if (cfg.resolution is None) == (cfg.height is None or cfg.width is None):
+        raise ValueError(
+            f"resolution={cfg.resolution!r}, height={cfg.height!r}, width={cfg.width!r}: give either resolution "
+            "(and aspect_ratio) or both height and width"
+        )
+    if cfg.resolution is None:
+        height, width = cfg.height, cfg.width
+    else:
+        # where training has a shape for the ratio it is that one: the model has seen it
+        table = shape_table(cfg.resolution, multiple=multiple, training=False)
+        table |= shape_table(cfg.resolution, multiple=multiple)
+        if cfg.aspect_ratio not in table:
+            raise ValueError(f"aspect_ratio={cfg.aspect_ratio!r}; {nearest(cfg.aspect_ratio, table)}")
+        height, width = table[cfg.aspect_ratio]
+    for name, value in (("height", height), ("width", width)):
+        if value % multiple:
+            near = [value // multiple * multiple, (value // multiple + 1) * multiple]
+            raise ValueError(
+                f"{name}={value} must be a multiple of {multiple} (autoencoder x patch); use one of {near}"
+            )
+    return height, width
+
+
+class Loaded(NamedTuple):
+    """A denoiser in memory. `forward` is called in its place: itself, or what a booster wrapped around it."""
+
+    model: Denoiser
+    forward: Callable[..., Tensor]
 
 
 class VideoGenerator:
@@ -93,35 +165,36 @@ class VideoGenerator:
 
     Args:
         device: where everything runs; with ``cfg.offload`` weights wait in host memory until they are used.
+        frozen: autoencoder and encoders that are built already; None builds them.
+        denoiser: one that is on `device` already; None loads it.
+        sequence: the ranks that share each video. Its first one samples, the others `follow`, with the denoiser alone.
 
     Raises:
-        ValueError, FileNotFoundError: weights that do not fit or are not there; see `read_weights`.
+        ValueError, FileNotFoundError: weights that do not fit or are not there, settings that do not fit the model.
     """
 
-    def __init__(self, cfg: InferenceConfig, device: torch.device) -> None:
-        self.cfg, self.device, self.dtype = cfg, device, DTYPES[cfg.dtype]
-        self.model: Denoiser = build(cfg.model, MODELS, where="model")
-        source = cfg.ckpt_path or self.model.from_pretrained
-        if not source:
-            raise ValueError("no weights: give --ckpt-path with a checkpoint folder or a safetensors file")
-        report = load_pretrained(self.model, source, where="ckpt_path", strict=True, use_ema=cfg.use_ema)
-        logger.info("ckpt_path %s: %s", source, report)
-        for line in report.lines():
-            logger.warning("ckpt_path %s: %s", source, line)
-        if cfg.lora_checkpoint is not None:
-            number = merge_adapters(self.model, cfg.lora_checkpoint, where="lora_checkpoint", use_ema=cfg.use_ema)
-            logger.info("lora_checkpoint %s: %d tensors merged", cfg.lora_checkpoint, number)
-        self.model.requires_grad_(False).eval().to(self.dtype)
-        self.autoencoder: Autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder")
-        self.encoders: dict[str, TextEncoder] = {
-            name: build(c, MODELS, where=f"encoders.{name}") for name, c in cfg.encoders.items()
-        }
-        for module in (self.model, self.autoencoder, *self.encoders.values()):
-            module.requires_grad_(False).eval().to("cpu" if cfg.offload else device)
+    def __init__(
+        self,
+        cfg: InferenceConfig,
+        device: torch.device,
+        *,
+        frozen: Frozen | None = None,
+        denoiser: Loaded | None = None,
+        sequence: SequenceGroup | None = None,
+    ) -> None:
+        self.cfg, self.device, self.dtype, self._sequence = cfg, device, DTYPES[cfg.dtype], sequence
+        if denoiser is None:
+            model = load_denoiser(cfg).to("cpu" if cfg.offload else device)
+            denoiser = Loaded(model, model)
+        self.model, self._forward = denoiser
+        if sequence is not None:
+            cut_sequence(self.model, sequence)
         self.scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=self.model.patch_size)
         self.guidance = self._guidance()
-        self.size = self._pixels()
-        self.latent_shape = self.autoencoder.latent_shape(cfg.num_frames, *self.size)
+        if is_leader(sequence):
+            self.autoencoder, self.encoders = frozen or build_frozen(cfg, device)
+            self.size = video_size(cfg, multiple=self.autoencoder.spatial_stride * self.model.patch_size)
+            self.latent_shape = self.autoencoder.latent_shape(cfg.num_frames, *self.size)
 
     def _guidance(self) -> Guidance:
         """The scales that apply to the task.
@@ -141,151 +214,158 @@ class VideoGenerator:
         )
         return guidance.for_task(cfg.cond_type)
 
-    def _pixels(self) -> tuple[int, int]:
-        """Height and width, from both or from resolution and aspect ratio.
-
-        Raises:
-            ValueError: neither or both ways are given, or a size that is no multiple of what the model needs.
-        """
-        cfg = self.cfg
-        multiple = self.autoencoder.spatial_stride * self.model.patch_size
-        if (cfg.resolution is None) == (cfg.height is None or cfg.width is None):
-            raise ValueError(
-                f"resolution={cfg.resolution!r}, height={cfg.height!r}, width={cfg.width!r}: give either resolution "
-                "(and aspect_ratio) or both height and width"
-            )
-        if cfg.resolution is None:
-            height, width = cfg.height, cfg.width
-        else:
-            table = shape_table(cfg.resolution, multiple=multiple, training=False)
-            if cfg.aspect_ratio not in table:
-                raise ValueError(f"aspect_ratio={cfg.aspect_ratio!r}; {nearest(cfg.aspect_ratio, table)}")
-            height, width = table[cfg.aspect_ratio]
-        for name, value in (("height", height), ("width", width)):
-            if value % multiple:
-                near = [value // multiple * multiple, (value // multiple + 1) * multiple]
-                raise ValueError(
-                    f"{name}={value} must be a multiple of {multiple} (autoencoder x patch); use one of {near}"
-                )
-        return height, width
-
     def sample(self, prompts: Sequence[Prompt]) -> Iterator[Sampled]:
-        """Sample every prompt `num_sample` times, `batch_size` at once.
+        """Sample every prompt `num_sample` times, `batch_size` at once."""
+        return self.sample_jobs(jobs_of(prompts, self.cfg.num_sample))
 
-        Each sample's noise depends on (seed, row of the prompt, repeat) alone, not on the batch or the process.
+    def sample_jobs(self, jobs: Sequence[Job]) -> Iterator[Sampled]:
+        """Make `jobs`, `batch_size` at once; the leader of a group calls it, and `finish` at the end.
+
+        Noise depends on (seed, repeat, text of the prompt) alone, not on the batch, the process, the device or the
+        other prompts.
         """
-        jobs = [(prompt, repeat) for prompt in prompts for repeat in range(self.cfg.num_sample)]
         for first in range(0, len(jobs), self.cfg.batch_size):
             yield from self._sample_batch(jobs[first : first + self.cfg.batch_size])
 
-    def caption(self, text: str) -> str:
-        """The prompt with the suffix that captions had in training."""
-        fps = self.cfg.fps_save if self.cfg.fps_in_caption and self.cfg.num_frames > 1 else None
-        return caption_with_suffix(text, fps, self.cfg.motion_score)
+    def finish(self) -> None:
+        """Let the ranks that follow go."""
+        if self._sequence is not None:
+            send(None, self._sequence)
+
+    def follow(self) -> None:
+        """Denoise what the leader of the group sends, until it finishes."""
+        while (inputs := receive(self._sequence, self.device)) is not None:
+            self._denoise(inputs)
 
     @torch.no_grad()
-    def _sample_batch(self, jobs: Sequence[tuple[Prompt, int]]) -> list[Sampled]:
-        cfg = self.cfg
-        captions = [self.caption(prompt.text) for prompt, _ in jobs]
-        noise = torch.stack([self._noise(prompt.number, repeat) for prompt, repeat in jobs])
-        conditions, null_text, null_image = {}, {}, {}
-        for name, encoder in self.encoders.items():
-            with self._in_use(encoder):
-                conditions[name] = encoder.encode(captions)
-                null_text[name] = encoder.encode([prompt.negative for prompt, _ in jobs])
-        if "guidance" in self.model.condition_names:
-            conditions["guidance"] = torch.full((len(jobs),), cfg.distilled_guidance, device=self.device)
-        given_BT = torch.zeros(len(jobs), self.latent_shape[1], dtype=torch.bool, device=self.device)
-        if "visual" in self.model.condition_names:
-            conditions["visual"], given_BT = self._visual(jobs)
-            null_image["visual"] = torch.zeros_like(conditions["visual"])
-        velocity = guided_velocity(
-            self._velocity,
-            conditions,
-            null_text=null_text,
-            null_image=null_image,
-            guidance=self.guidance,
-            num_steps=cfg.num_steps,
-        )
-        times = self.scheduler.times(cfg.num_steps, self.latent_shape[1:]).to(self.device)
-        with self._in_use(self.model):
-            x0 = SAMPLERS[cfg.sampler](velocity, noise, times)
+    def _sample_batch(self, jobs: Sequence[Job]) -> list[Sampled]:
+        captions = [caption_of(job.prompt, self.cfg) for job in jobs]
+        inputs, given_BT = self._inputs(jobs, captions)
+        if self._sequence is not None:
+            send(inputs, self._sequence)
+        x0 = self._denoise(inputs)
         if given_BT.any():  # what was given comes back as it was given
-            x0 = torch.where(given_BT[:, None, :, None, None], conditions["visual"][:, 1:], x0)
-        with self._in_use(self.autoencoder):
+            x0 = torch.where(given_BT[:, None, :, None, None], inputs["conditions"]["visual"][:, 1:], x0)
+        with in_use(self.autoencoder, self.device, offload=self.cfg.offload):
             videos = self.autoencoder.decode(x0).float().clamp(-1, 1).cpu()
         return [
-            Sampled(prompt, repeat, caption, video)
-            for (prompt, repeat), caption, video in zip(jobs, captions, videos, strict=True)
+            Sampled(job.prompt, job.repeat, caption, video)
+            for job, caption, video in zip(jobs, captions, videos, strict=True)
         ]
 
-    def _visual(self, jobs: Sequence[tuple[Prompt, int]]) -> tuple[Tensor, Tensor]:
-        """Visual condition of the references, and which latent frames they give."""
+    def _inputs(self, jobs: Sequence[Job], captions: Sequence[str]) -> tuple[Inputs, Tensor]:
+        """All that the denoiser is given, and which latent frames [B, T] are given."""
+        conditions, null_text, null_image = {}, {}, {}
+        text_encoders = {n: e for n, e in self.encoders.items() if not hasattr(e, "encode_images")}
+        for name, encoder in text_encoders.items():
+            with in_use(encoder, self.device, offload=self.cfg.offload):
+                conditions[name] = encoder.encode(captions)
+                null_text[name] = encoder.encode([job.prompt.negative for job in jobs])
+        if "guidance" in self.model.condition_names:
+            conditions["guidance"] = torch.full((len(jobs),), self.cfg.distilled_guidance, device=self.device)
+        given_BT = torch.zeros(len(jobs), self.latent_shape[1], dtype=torch.bool, device=self.device)
+        if wan_i2v.takes_grey_clips(self.model) and "visual" in self.model.condition_names:
+            found = self._grey_conditions([job.prompt.refs for job in jobs])
+            conditions, null_image = {**conditions, **found[0]}, found[1]
+        elif "visual" in self.model.condition_names:
+            conditions["visual"], given_BT = self._visual(jobs)
+            null_image["visual"] = torch.zeros_like(conditions["visual"])
+        noise = torch.stack([self._noise(job) for job in jobs]).to(self.device)
+        given = {"noise": {"x": noise}, "conditions": conditions, "null_text": null_text, "null_image": null_image}
+        return given, given_BT
+
+    @torch.no_grad()
+    def _denoise(self, inputs: Inputs) -> Tensor:
+        """Latents from noise; every rank of a group calls it with the same inputs. Returns: float32 [B, C, T, H, W]."""
+        noise = inputs["noise"]["x"]
+        velocity = guided_velocity(
+            self._velocity,
+            inputs["conditions"],
+            null_text=inputs.get("null_text", {}),
+            null_image=inputs.get("null_image", {}),
+            guidance=self.guidance,
+            num_steps=self.cfg.num_steps,
+        )
+        velocity, times = self._on_grid(velocity, tuple(noise.shape[2:]))
+        with in_use(self.model, self.device, offload=self.cfg.offload):
+            return SAMPLERS[self.cfg.sampler](velocity, noise, times.to(self.device))
+
+    def _on_grid(self, velocity: Velocity, latent_shape: tuple[int, int, int]) -> tuple[Velocity, Tensor]:
+        """The velocity as it is told of the times to sample at, and these times; `latent_shape` is (T, H, W)."""
+        cfg = self.cfg
+        if cfg.time_grid == "even":
+            return velocity, self.scheduler.times(cfg.num_steps, latent_shape)
+        grid = diffusers_grid(cfg.num_steps, sampler=cfg.sampler, shift=self.scheduler.alpha(latent_shape))
+        return grid.tell(velocity), grid.times
+
+    def _visual(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
+        """Visual condition of the references, and which latent frames come back as they were given."""
         return inference_condition(
             self.cfg.cond_type,
-            [[self._encode_reference(path) for path in prompt.refs] for prompt, _ in jobs],
+            [self._encode_references(job.prompt.refs) for job in jobs],
             latent_shape=self.latent_shape,
             is_causal=self.autoencoder.is_causal,
             temporal_stride=self.autoencoder.temporal_stride,
             device=self.device,
         )
 
-    def _encode_reference(self, path: str) -> Tensor:
-        """Latents of the frames of a reference that the task takes. Returns: [C, T, H, W]."""
+    def _grey_conditions(self, refs: Sequence[Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What published Wan i2v weights are shown of the references, and the same without any."""
+        task, shape = self.cfg.cond_type, (self.cfg.num_frames, *self.size)
+        clips = torch.stack([wan_i2v.sampling_clip(task, self._read_references(paths), shape) for paths in refs])
+        clips = clips.to(self.device)
+        shown: list[dict[str, Tensor]] = []
+        for name, pixels in ((task, clips), ("t2v", torch.zeros_like(clips))):
+            with in_use(self.autoencoder, self.device, offload=self.cfg.offload):
+                visual, _ = wan_i2v.training_condition(self.autoencoder, pixels, [name] * len(refs))
+            shown.append({"visual": visual})
+            for condition, encoder in self.encoders.items():
+                if hasattr(encoder, "encode_images"):
+                    with in_use(encoder, self.device, offload=self.cfg.offload):
+                        images = wan_i2v.first_given(pixels, [name] * len(refs))
+                        shown[-1][condition] = encoder.encode_images(images).float()
+        return shown[0], shown[1]
+
+    def _encode_references(self, refs: Sequence[str]) -> list[Tensor]:
+        """Latents [C, T, H, W] of `_read_references`."""
+        return [self._encode(pixels[None])[0] for pixels in self._read_references(refs)]
+
+    def _encode(self, video_BCTHW: Tensor) -> Tensor:
+        with in_use(self.autoencoder, self.device, offload=self.cfg.offload):
+            return self.autoencoder.encode(video_BCTHW.to(self.device)).float()
+
+    def _read_references(self, refs: Sequence[str]) -> list[Tensor]:
+        """Pixels [C, T, H, W] of the frames that the task takes: the head's from the first reference, the tail's from
+        the last one (v2v: from the first)."""
         given = given_frames(self.cfg.cond_type, is_causal=self.autoencoder.is_causal)
-        num_frames = max(given)
+        if not refs:
+            return []
+        read = [self._read_end(refs[0], given.head, is_tail=False)] if given.head else []
+        if given.tail:
+            tail = refs[0] if self.cfg.cond_type.startswith("v2v") else refs[-1]
+            read.append(self._read_end(tail, given.tail, is_tail=True))
+        return read
+
+    def _read_end(self, path: str, num_frames: int, *, is_tail: bool) -> Tensor:
+        """Pixels of the first or last frames of one reference; an image has one frame. Returns: [C, T, H, W]."""
         if is_image(path):
             frames = read_image(path)
         else:
-            first = 0 if given.head else probe(path).num_frames - num_frames
+            found = probe(path).num_frames
+            if found < num_frames:
+                raise BadSample(
+                    path, f"cond_type={self.cfg.cond_type!r} takes {num_frames} frames of it, it has {found}"
+                )
+            first = found - num_frames if is_tail else 0
             frames = read_frames(path, range(first, first + num_frames))
-        video_CTHW = resize_crop(frames, *self.size, image=is_image(path))
-        with self._in_use(self.autoencoder):
-            return self.autoencoder.encode(video_CTHW[None].to(self.device)).float()[0]
-
-    @contextmanager
-    def _in_use(self, module: torch.nn.Module) -> Iterator[None]:
-        """With `offload`, `module` is on the device within this context only."""
-        if not self.cfg.offload:
-            yield
-            return
-        module.to(self.device)
-        try:
-            yield
-        finally:
-            module.to("cpu")
+        return resize_crop(frames, *self.size, image=is_image(path))
 
     def _velocity(self, x: Tensor, t_B: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         cast = {k: v.to(self.dtype) for k, v in conditions.items()}
-        return self.model(x.to(self.dtype), t_B, cast).float()
+        return self._forward(x.to(self.dtype), t_B, cast).float()
 
-    def _noise(self, number: int, repeat: int) -> Tensor:
-        generator = rng.generator(self.cfg.seed + repeat, "sample", number, device=self.device)
-        return torch.randn(self.latent_shape, generator=generator, device=self.device)
-
-
-def to_frames(video_CTHW: Tensor) -> Tensor:
-    """[-1, 1] to uint8 [T, H, W, C]."""
-    return ((video_CTHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0)
-
-
-def save_samples(generator: VideoGenerator, prompts: Sequence[Prompt]) -> list[Path]:
-    """Sample and write ``NAME[_k].mp4`` (.png for one frame) and the caption beside it as .txt.
-
-    Returns: the files of pixels, in the order of the prompts.
-    """
-    folder = Path(generator.cfg.save_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for sampled in generator.sample(prompts):
-        stem = sampled.prompt.name + (f"_{sampled.repeat}" if sampled.repeat else "")
-        frames = to_frames(sampled.video_CTHW)
-        path = folder / f"{stem}{'.png' if len(frames) == 1 else '.mp4'}"
-        if len(frames) == 1:
-            write_image(path, frames[0])
-        else:
-            write_video(path, frames, generator.cfg.fps_save)
-        path.with_suffix(".txt").write_text(sampled.caption + "\n")
-        logger.info("wrote %s", path)
-        written.append(path)
-    return written
+    def _noise(self, job: Job) -> Tensor:
+        # on the CPU: generators of other devices draw other numbers
+        prompt = job.prompt
+        generator = rng.generator(self.cfg.seed + job.repeat, f"sample {prompt.text}", prompt.occurrence)
+        return torch.randn(self.latent_shape, generator=generator)

@@ -1,7 +1,7 @@
 """Sample videos or images.
 
-python scripts/diffusion/inference.py CONFIG --ckpt-path CHECKPOINT (--prompt TEXT | --prompts CSV) [--key value ...]
-Under torchrun the prompts are shared out among the processes.
+python scripts/diffusion/inference.py CONFIG (--prompt TEXT | --prompts CSV) [--ckpt-path CHECKPOINT] [--key value ...]
+Under torchrun the files to make are shared out among the processes; with --sp-size each video is.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections.abc import Callable
 
 from opensora_like import runtime as rt
 from opensora_like.cli import read_command_line, run_guarded
+from opensora_like.evaluation.flags import translate
 from opensora_like.settings import InferenceConfig
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
-    command = read_command_line(arguments, schema=InferenceConfig, usage=__doc__)
+    command = read_command_line(translate(arguments), schema=InferenceConfig, usage=__doc__)
     if command.is_done:
         return lambda: 0
-    from opensora_like.evaluation.generate import VideoGenerator, read_prompts, save_samples
+    from opensora_like.evaluation.sampling import build_sampling  # here: it imports all that --dump does without
 
-    runtime = rt.start()
+    runtime = rt.start(timeout_minutes=command.config.timeout_minutes)
     rt.set_up_logging(runtime)
-    prompts = read_prompts(command.config)
-    generator = VideoGenerator(command.config, runtime.device)
+    sample = build_sampling(command.config, runtime)
 
     def work() -> int:
-        save_samples(generator, prompts[runtime.rank :: runtime.world_size])
+        sample()
         rt.finish()
         return 0
 

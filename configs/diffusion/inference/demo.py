@@ -16,5 +16,6 @@ text_osci = False
 fps_in_caption = False
 fps_save = 8
 batch_size = 48
+overwrite = True
 num_sample = 4
 dtype = "fp32"

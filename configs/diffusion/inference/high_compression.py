@@ -1,10 +1,12 @@
-"""Open-Sora v2 on the latents of a DC-AE: a video of 128 frames at 768px from text, or from text and an image.
+"""Open-Sora v2 on the latents of a DC-AE: FLUX.1-dev draws an image, a video of 128 frames at 768px goes on from it.
 
-python scripts/diffusion/inference.py configs/diffusion/inference/high_compression.py --prompt "raining, sea"
-Latents are scaled by 0.493 as in training. Hardware: one GPU. Memory: weights as 256px.py, fewer tokens.
+torchrun --nproc_per_node 1 scripts/diffusion/inference.py configs/diffusion/inference/high_compression.py \
+    --prompt "raining, sea"
+Latents are scaled by 0.493 as in training. From text alone: --first-image none --cond-type t2v. Hardware: one GPU.
+Memory: weights as t2i2v_256px.py, fewer tokens.
 """
 
-_base_ = ["256px.py"]
+_base_ = ["t2i2v_768px.py"]
 
 model = dict(in_channels=128, patch_size=1, from_pretrained="./ckpts/Open_Sora_v2_Video_DC_AE.safetensors")
 autoencoder = dict(
@@ -20,5 +22,4 @@ autoencoder = dict(
     tile_overlap_factor=0.25,
     dtype="bf16",
 )
-resolution = "768px"
 num_frames = 128

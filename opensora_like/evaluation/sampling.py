@@ -1,0 +1,103 @@
+"""A sampling run from its settings to its files, in one process or in many."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from opensora_like.boosters.sequence_parallel import SequenceGroup
+from opensora_like.datasets.resize import to_frames
+from opensora_like.datasets.video_io import write_image, write_video
+from opensora_like.evaluation.first_image import make_first_images, with_first_image
+from opensora_like.evaluation.generate import Frozen, Sampled, VideoGenerator, build_frozen, video_size
+from opensora_like.evaluation.jobs import plan, share, video_path
+from opensora_like.evaluation.prompts import Job
+from opensora_like.evaluation.references import write_whole
+from opensora_like.evaluation.shared_video import is_leader, join_group, sequence_size
+from opensora_like.models.base import Denoiser
+from opensora_like.registry import MODELS, build
+from opensora_like.runtime import Runtime, logger
+from opensora_like.settings import InferenceConfig
+
+
+def build_sampling(cfg: InferenceConfig, runtime: Runtime) -> Callable[[], list[Path]]:
+    """Find out what is left to make, make the first images, load the weights.
+
+    Returns: the rest of the work: sampling and writing. It returns the files that this rank wrote.
+
+    Raises:
+        ValueError, FileNotFoundError: as `plan`, `make_first_images` and `VideoGenerator`.
+    """
+    sequence = join_group(cfg, runtime)
+    jobs = plan(cfg, runtime)
+    if not jobs:
+        logger.info("nothing to do in %r", cfg.save_dir)
+        return list
+    mine = share(jobs, runtime, sp_size=sequence_size(cfg, runtime))
+    frozen = _first_stage(cfg, mine, runtime.device, sequence)
+    if not mine:
+        return list
+    generator = VideoGenerator(cfg, runtime.device, frozen=frozen, sequence=sequence)
+    if not is_leader(sequence):
+        return lambda: generator.follow() or []
+    return lambda: save_samples(generator, [with_first_image(cfg, job) for job in mine])
+
+
+def _first_stage(
+    cfg: InferenceConfig, jobs: Sequence[Job], device: torch.device, sequence: SequenceGroup | None
+) -> Frozen | None:
+    """Make the images that `jobs` go on from; the ranks of a group share them out.
+
+    Returns: what the leader of a group samples with; None for the others.
+    """
+    if cfg.first_image is None:
+        return None
+    frozen = build_frozen(cfg, device)
+    with torch.device("meta"):  # only to ask how it cuts its latents
+        model: Denoiser = build(cfg.model, MODELS, where="model")
+    size = video_size(cfg, multiple=frozen.autoencoder.spatial_stride * model.patch_size)
+    own = jobs if sequence is None else jobs[sequence.rank :: sequence.size]
+    make_first_images(cfg, own, video_size=size, encoders=frozen.encoders, device=device)
+    if sequence is not None:
+        dist.barrier(group=sequence.group)
+    if is_leader(sequence):
+        return frozen
+    del frozen
+    gc.collect()
+    return None
+
+
+def save_samples(generator: VideoGenerator, jobs: Sequence[Job]) -> list[Path]:
+    """Sample and write ``NAME[_k].mp4`` (.png for one frame) and the caption beside it as .txt.
+
+    Returns: the files of pixels, in the order of the jobs.
+    """
+    Path(generator.cfg.save_dir).mkdir(parents=True, exist_ok=True)
+    written = [write_sampled(generator.cfg, sampled) for sampled in generator.sample_jobs(jobs)]
+    generator.finish()
+    return written
+
+
+def write_sampled(cfg: InferenceConfig, sampled: Sampled) -> Path:
+    """Write one sample into the folder of `cfg`.
+
+    The file of pixels comes last and by rename: where it is there, all is there and whole.
+    """
+    path = video_path(cfg, Job(sampled.prompt, sampled.repeat))
+    write_whole(path.with_suffix(".txt"), f"{sampled.caption}\n".encode())
+    frames = to_frames(sampled.video_CTHW)
+    staged = path.with_name(f".writing-{path.name}")
+    if len(frames) == 1:
+        write_image(staged, frames[0])
+    else:
+        write_video(staged, frames, cfg.fps_save)
+    with staged.open("rb") as file:
+        os.fsync(file.fileno())
+    staged.replace(path)
+    logger.info("wrote %s", path)
+    return path

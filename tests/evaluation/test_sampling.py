@@ -1,0 +1,276 @@
+"""Sampling runs: every file once, whole, and reproducible, whatever is killed, resumed or shared out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opensora_like import runtime as rt
+from opensora_like.config import read_config
+from opensora_like.datasets.video_io import probe, read_frames, write_image, write_video
+from opensora_like.evaluation.generate import Sampled, VideoGenerator
+from opensora_like.evaluation.jobs import plan, record_path, share
+from opensora_like.evaluation.prompts import read_prompts
+from opensora_like.evaluation.sampling import build_sampling
+from opensora_like.runtime import Runtime
+from opensora_like.settings import InferenceConfig
+from tests.evaluation.local_server import Answer, LanguageModel, serving
+from tests.training.harness import ROOT, train_toy
+
+CONFIG = ROOT / "tests/training/toy_inference.py"
+CSV = 'text,name\na red ball,red\na blue ball,blue\n"a dog, running",dog\na red ball,again\n'
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    outputs = tmp_path_factory.mktemp("sampling")
+    train_toy(outputs, "--steps", "3")
+    return str(outputs / "toy")
+
+
+def config_of(*arguments: str) -> InferenceConfig:
+    return read_config(CONFIG, arguments, schema=InferenceConfig).config
+
+
+def run(*arguments: str) -> list[Path]:
+    """A whole run in this process. Returns: the files that it wrote."""
+    return build_sampling(config_of(*arguments), rt.start())()
+
+
+def names(paths: list[Path]) -> list[str]:
+    return sorted(path.name for path in paths)
+
+
+def write_prompts(folder: Path, text: str = CSV) -> str:
+    (folder / "p.csv").write_text(text)
+    return str(folder / "p.csv")
+
+
+def sampled(checkpoint: str, *arguments: str) -> dict[tuple[str, int], torch.Tensor]:
+    config = config_of("--ckpt-path", checkpoint, *arguments)
+    found: list[Sampled] = list(VideoGenerator(config, torch.device("cpu")).sample(read_prompts(config)))
+    return {(s.prompt.name, s.repeat): s.video_CTHW for s in found}
+
+
+def test_a_sample_does_not_depend_on_the_other_rows(checkpoint: str, tmp_path: Path) -> None:
+    """Reordered, cut to a range, or alone: the pixels stay; the second row of one text gets noise of its own."""
+    prompts = write_prompts(tmp_path)
+    whole = sampled(checkpoint, "--prompts", prompts, "--num-sample", "2", "--batch-size", "3")
+    (tmp_path / "turned.csv").write_text('name,text\ndog,"a dog, running"\nblue,a blue ball\nred,a red ball\n')
+    turned = sampled(checkpoint, "--prompts", str(tmp_path / "turned.csv"), "--num-sample", "2")
+    last = sampled(checkpoint, "--prompts", prompts, "--start-index", "3")
+    alone = sampled(checkpoint, "--prompt", "a blue ball")
+    for key, video in [*turned.items(), *last.items(), (("blue", 0), alone["prompt_0000", 0])]:
+        torch.testing.assert_close(video, whole[key], atol=1e-5, rtol=0)
+    assert last.keys() == {("again", 0)} and not torch.equal(whole["again", 0], whole["red", 0])
+
+
+def test_what_is_there_is_not_made_again(checkpoint: str, tmp_path: Path) -> None:
+    """A second start makes the missing file alone, and with nothing missing it does not even load weights."""
+    common = ["--ckpt-path", checkpoint, "--prompts", write_prompts(tmp_path), "--save-dir", str(tmp_path / "out")]
+    first = run(*common, "--num-sample", "2")
+    assert names(first) == sorted(f"{n}{k}.mp4" for n in ("red", "blue", "dog", "again") for k in ("", "_1"))
+    pixels = {path: path.read_bytes() for path in first}
+    (tmp_path / "out/blue_1.mp4").unlink()
+    (tmp_path / "out/.writing-blue_1.mp4").write_bytes(b"half of it")  # what a kill leaves
+    assert names(run(*common, "--num-sample", "2")) == ["blue_1.mp4"]
+    assert {path: path.read_bytes() for path in first} == pixels
+    assert not (tmp_path / "out/.writing-blue_1.mp4").exists()
+    assert run(*common, "--num-sample", "2") == [] and names(run(*common, "--num-sample", "3")) == sorted(
+        f"{n}_2.mp4" for n in ("red", "blue", "dog", "again")
+    )
+
+
+def test_a_file_of_other_settings_is_not_taken_for_this_one(checkpoint: str, tmp_path: Path) -> None:
+    """Another seed, or a file of another program: an error that names both values; --overwrite makes it again."""
+    common = ["--ckpt-path", checkpoint, "--prompt", "a cat", "--save-dir", str(tmp_path)]
+    (path,) = run(*common)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"prompt_0000.mp4' is there and was made with seed=42, now it is 1 \(1 set"):
+        run(*common, "--seed", "1")
+    assert run(*common, "--batch-size", "2", "--sp-size", "all") == []  # they change no pixel
+    assert run(*common, "--seed", "1", "--overwrite") == [path] and path.read_bytes() != before
+    record_path(config_of(*common), plan(config_of(*common, "--overwrite"), rt.start())[0]).unlink()
+    path.write_bytes(b"of another program")
+    with pytest.raises(ValueError, match="nothing says what it was made from; choose another --save-dir"):
+        run(*common, "--seed", "1")
+
+
+def test_what_a_file_was_made_from_stands_beside_it(checkpoint: str, tmp_path: Path) -> None:
+    """Caption as text; prompt, seed and every setting that matters as JSON; frames at the asked rate."""
+    arguments = ["--ckpt-path", checkpoint, "--prompt", "a cat", "--save-dir", str(tmp_path), "--num-sample", "2"]
+    paths = run(*arguments, "--fps-save", "12", "--motion-score", "4")
+    assert [probe(path).fps for path in paths] == [12.0, 12.0]
+    assert (tmp_path / "prompt_0000_1.txt").read_text() == "a cat 12 FPS, 4 motion score.\n"
+    record = json.loads((tmp_path / "prompt_0000_1.json").read_text())
+    assert (record["prompt"], record["seed"], record["refined_prompt"]) == ("a cat", 43, None)
+    assert record["request"]["num_steps"] == 4 and record["request"]["model"]["hidden_size"] == 32
+    assert Path(record["request"]["weights"]).name == "epoch0-global_step3"
+
+
+def test_a_language_model_rewrites_and_judges(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt is refined and judged once for all its samples, which is recorded; a resumed run asks nothing."""
+    model = LanguageModel()
+    common = ["--ckpt-path", checkpoint, "--prompts", write_prompts(tmp_path), "--save-dir", str(tmp_path / "out")]
+    common += ["--refine-prompt", "True", "--motion-score", "dynamic", "--num-sample", "2"]
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
+        run(*common)
+    with serving(model) as url:
+        monkeypatch.setenv("OPENAI_API_KEY", "k")
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1")
+        run(*common)
+        assert len(model.asked) == 8
+        (tmp_path / "out/dog_1.mp4").unlink()
+        assert names(run(*common)) == ["dog_1.mp4"] and len(model.asked) == 8
+        texts = [(tmp_path / f"out/dog{k}.txt").read_text() for k in ("", "_1")]
+        assert texts == ["a dog, running, in full 24 FPS, 7 motion score.\n"] * 2
+        record = json.loads((tmp_path / "out/dog_1.json").read_text())
+        assert (record["prompt"], record["refined_prompt"]) == ("a dog, running", "a dog, running, in full")
+    assert record["motion_score"] == 7.0
+
+
+def first_frame(path: Path) -> torch.Tensor:
+    return torch.from_numpy(read_frames(path, [0])[0]).float() / 127.5 - 1
+
+
+def test_references_of_a_csv(checkpoint: str, tmp_path: Path) -> None:
+    """A file beside the csv and an address: each video begins with its own; one that is missing stops the run."""
+    grey, white = (np.full((16, 16, 3), level, np.uint8) for level in (90, 230))
+    write_image(tmp_path / "grey.png", grey)
+    write_image(tmp_path / "white.png", white)
+    common = ["--ckpt-path", checkpoint, "--save-dir", str(tmp_path / "out"), "--cond-type", "i2v_head"]
+    page = Answer(body=(tmp_path / "white.png").read_bytes(), content_type="image/png")
+    with serving(lambda *_: page) as url:
+        prompts = write_prompts(tmp_path, f"text,ref\na,grey.png\nb,{url}/white\n")
+        paths = run(*common, "--prompts", prompts)
+    for path, level in zip(paths, (90, 230), strict=True):
+        assert (first_frame(path) - (level / 127.5 - 1)).abs().mean() < 0.05  # what H.264 leaves of it
+    with pytest.raises(ValueError, match=r"row 1 \('p_0001'\) has no reference, and cond_type='i2v_head' needs one"):
+        run(*common, "--overwrite", "--prompts", write_prompts(tmp_path, "text,ref\na,grey.png\nb,\n"))
+    with pytest.raises(ValueError, match=r"ref='gone.png' does not exist"):
+        run(*common, "--overwrite", "--prompts", write_prompts(tmp_path, "text,ref\na,gone.png\n"))
+
+
+def ends_of(cond_type: str, ref: str, checkpoint: str) -> tuple[float, float]:
+    """Mean of the first and of the last frame."""
+    arguments = ["--prompt", "x", "--cond-type", cond_type, "--ref", ref, "--num-frames", "9"]
+    (video,) = sampled(checkpoint, *arguments).values()
+    return video[:, 0].mean().item(), video[:, -1].mean().item()
+
+
+def test_tasks_take_the_right_frames(checkpoint: str, tmp_path: Path) -> None:
+    """A video that grows lighter: the head is its first frame, the tail its last one, a loop has both; of two
+    references a loop takes the beginning of the first and the end of the last."""
+    levels = np.linspace(20, 240, 12).astype(np.uint8)
+    write_video(tmp_path / "rise.mp4", np.broadcast_to(levels[:, None, None, None], (12, 16, 16, 3)), 24, crf=0)
+    write_image(tmp_path / "grey.png", np.full((16, 16, 3), 128, np.uint8))
+    rise, grey = str(tmp_path / "rise.mp4"), str(tmp_path / "grey.png")
+    dark, light, middle = (value / 127.5 - 1 for value in (20, 240, 128))
+    assert ends_of("i2v_head", rise, checkpoint)[0] == pytest.approx(dark, abs=0.05)
+    assert ends_of("i2v_tail", rise, checkpoint)[1] == pytest.approx(light, abs=0.05)
+    assert ends_of("i2v_loop", rise, checkpoint) == pytest.approx((dark, light), abs=0.05)
+    assert ends_of("i2v_loop", grey, checkpoint) == pytest.approx((middle, middle), abs=0.05)
+    assert ends_of("i2v_loop", f"{grey};{rise}", checkpoint) == pytest.approx((middle, light), abs=0.05)
+
+
+@pytest.mark.parametrize("cond_type", ["v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"])
+def test_videos_are_continued(checkpoint: str, tmp_path: Path, cond_type: str) -> None:
+    """33 frames, 65 in the easy form, of the end that is given come back; a shorter reference is refused."""
+    given = 65 if cond_type.endswith("easy") else 33
+    levels = np.linspace(20, 240, given + 5).astype(np.uint8)
+    frames = np.broadcast_to(levels[:, None, None, None], (given + 5, 16, 16, 3))
+    write_video(tmp_path / "rise.mp4", frames, 24, crf=0)
+    common = ["--prompt", "x", "--cond-type", cond_type, "--num-frames", str(given + 4), "--num-steps", "1"]
+    (video,) = sampled(checkpoint, *common, "--ref", str(tmp_path / "rise.mp4")).values()
+    wanted = torch.from_numpy(levels / 127.5 - 1).float()
+    means = video.mean(dim=(0, 2, 3))
+    if "head" in cond_type:
+        torch.testing.assert_close(means[:given], wanted[:given], atol=0.05, rtol=0)
+    else:
+        torch.testing.assert_close(means[-given:], wanted[-given:], atol=0.05, rtol=0)
+    write_video(tmp_path / "short.mp4", frames[:10], 24)
+    with pytest.raises(ValueError, match=f"takes {given} frames of it, it has 10"):
+        sampled(checkpoint, *common, "--ref", str(tmp_path / "short.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("text\na, b\n", [], r"row 0 \(from 0\) has 1 fields more than the header; put texts with commas in double"),
+        ("text\na\n \n", [], r"row 1 \(from 0\) has no text"),
+        ("caption\na\n", [], r"no column 'text'; it has \['caption'\]"),
+        ("text,name\na,x\nb,x\n", [], "sample 0 of row 0 and sample 0 of row 1 would both write 'x'"),
+        ("text,name\na,x\nb,x_1\n", ["--num-sample", "2"], "sample 1 of row 0 and sample 0 of row 1 would both"),
+        ("text,name\na,../x\n", [], "has the name '../x', which is no file name"),
+        ("text\na\n", ["--start-index", "1"], r"has rows 0 to 0; give 0 <= start_index < end_index <= 1"),
+        ("text\na\n", ["--ref", "x.png", "--cond-type", "i2v_head"], "ref='x.png' belongs to --prompt"),
+        (None, ["--prompt", "a", "--end-index", "1"], "count rows of --prompts, and --prompt is given"),
+        (None, ["--prompt", "a", "--ref", "x.png"], "ref='x.png' is not used with cond_type='t2v'"),
+        (None, ["--prompt", "a", "--num-sample", "0"], "num_sample=0 must be 1 or more"),
+        (None, ["--prompt", "a", "--sp-size", "2"], r"sp_size=2 does not divide the 1 processes"),
+        (None, ["--prompt", "a", "--motion-score", "some"], "--motion-score='some' does not fit .*dynamic"),
+        (None, ["--prompt", "a", "--first-image.num-steps", "2"], "first_image=.*needs a 'type'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(
+    checkpoint: str, tmp_path: Path, text: str | None, arguments: list[str], message: str
+) -> None:
+    """A csv that contradicts itself, and settings that would not be used."""
+    given = ["--prompts", write_prompts(tmp_path, text)] if text is not None else []
+    with pytest.raises(ValueError, match=message):
+        run("--ckpt-path", checkpoint, "--save-dir", str(tmp_path / "out"), *given, *arguments)
+    assert not list(tmp_path.glob("out/*.mp4"))
+
+
+def test_a_model_trained_without_given_frames(tmp_path: Path) -> None:
+    """Where the config could give frames, it samples from text as its own config does, and refuses to be given any."""
+    train_toy(tmp_path, "--steps", "1", "--model.cond-embed", "False", "--condition-config", "none")
+    own, other = (
+        sampled(str(tmp_path / "toy"), "--prompt", "a cat", "--model.cond-embed", value)["prompt_0000", 0]
+        for value in ("False", "True")
+    )
+    torch.testing.assert_close(own, other, atol=1e-5, rtol=0)
+    write_image(tmp_path / "ref.png", np.zeros((16, 16, 3), np.uint8))
+    given = ["--cond-type", "i2v_head", "--ref", str(tmp_path / "ref.png")]
+    with pytest.raises(ValueError, match=r"trained without given frames .*cond_in.*use --cond-type t2v --first-image"):
+        sampled(str(tmp_path / "toy"), "--prompt", "a cat", *given)
+
+
+def test_shares_hold_every_job_once() -> None:
+    """On any number of processes; those that share videos have the same jobs."""
+    for world, sp_size in ((1, 1), (3, 1), (8, 2), (4, 4)):
+        ranks = [Runtime(r, world, r, torch.device("cpu")) for r in range(world)]
+        shares = [share(range(7), rank, sp_size=sp_size) for rank in ranks]
+        assert sorted(itertools.chain(*shares[::sp_size])) == list(range(7))
+        assert all(shares[r] == shares[r // sp_size * sp_size] for r in range(world))
+
+
+def test_a_kill_leaves_whole_files_alone(checkpoint: str, tmp_path: Path) -> None:
+    """Killed in the middle of a csv, a run leaves files that are whole; the next start makes the others."""
+    rows = "".join(f"clip {i},c{i:02d}\n" for i in range(16))
+    out = tmp_path / "out"
+    common = ["--ckpt-path", checkpoint, "--prompts", write_prompts(tmp_path, f"text,name\n{rows}")]
+    common += ["--save-dir", str(out), "--num-frames", "33", "--num-steps", "8"]
+    command = [sys.executable, str(ROOT / "scripts/diffusion/inference.py"), str(CONFIG), *common]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while len(list(out.glob("c*.mp4"))) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = sorted(out.glob("c*.mp4"))
+    assert 3 <= len(made) < 16
+    assert all(probe(path).num_frames == 33 for path in made)
+    rest = run(*common)
+    assert len(rest) == 16 - len(made) and not set(rest) & set(made)
+    assert len(list(out.glob("*.mp4"))) == 16 and not list(out.glob(".writing-*.mp4"))
