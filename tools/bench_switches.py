@@ -1,0 +1,94 @@
+"""What one setting gains: whole steps with and without it in turn, in one run.
+
+python tools/bench_switches.py CONFIG --compile_blocks inductor [--num_steps 40] [-- --key value ...]
+torchrun --nproc_per_node 2 tools/bench_switches.py CONFIG --booster.plugin_config "dict(reduce_bucket_size_in_m=1)"
+
+Settings before `--` make the difference, those after it hold for both. The first steps of each, in which compilation
+takes place, are not counted. The median step of each block counts, so that a pause of the machine does not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from opensora_like import runtime as rt
+from opensora_like.cli import run_guarded
+from opensora_like.config import read_config
+from opensora_like.training.build import build_run
+from opensora_like.training.trainer import Run, train
+
+NUM_BLOCKS = 4
+WARM_UP = 5
+
+
+def step_seconds(run: Run, num_steps: int) -> list[float]:
+    """Seconds of each of the next steps of the loop, from the file to the metrics."""
+    ends = [time.perf_counter()]
+    inner = run.checkpoints.check  # called once at the end of each step
+
+    def check() -> None:
+        inner()
+        if run.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    run.checkpoints.check = check
+    run.schedule.total_steps = run.state.step + num_steps
+    try:
+        train(run)
+    finally:
+        run.checkpoints.check = inner
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def build(config: str, arguments: list[str], name: str, runtime: rt.Runtime) -> Run:
+    """A run that writes nothing but its folder."""
+    own = ["--outputs", tempfile.gettempdir(), "--exp_name", name, "--tensorboard", "False", "--ckpt_every", "0"]
+    run = build_run(read_config(config, [*arguments, *own]).config, runtime, config_name=config)
+    run.checkpoints.save = lambda state: None  # the save at the end of a block is not a step
+    run.writers, run.lock = [], None  # a block closes them
+    return run
+
+
+def prepare(arguments: list[str]) -> Callable[[], int]:
+    if len(arguments) < 3 or arguments[0] in ("-h", "--help"):
+        raise ValueError(__doc__)
+    config, *rest = arguments
+    num_steps = 40
+    if "--num_steps" in rest:
+        at = rest.index("--num_steps")
+        num_steps = int(rest[at + 1])
+        del rest[at : at + 2]
+    cut = rest.index("--") if "--" in rest else len(rest)
+    switch, common = rest[:cut], rest[cut + 1 :]
+    runtime = rt.start()
+    folder = f"bench_switches-{time.time_ns()}" if runtime.world_size == 1 else "bench_switches"
+    runs = [build(config, [*common, *more], f"{folder}{i}", runtime) for i, more in enumerate(([], switch))]
+
+    def work() -> int:
+        seconds: list[list[float]] = [[], []]
+        for run in runs:
+            step_seconds(run, WARM_UP)
+        for _ in range(NUM_BLOCKS):
+            for run, found in zip(runs, seconds, strict=True):
+                found.append(statistics.median(step_seconds(run, max(1, num_steps // NUM_BLOCKS))))
+        without, with_it = (1000 * statistics.median(found) for found in seconds)
+        if runtime.is_main:
+            print(
+                f"{' '.join(switch)}: {with_it:.1f} ms a step, {without:.1f} ms without: {without / with_it:.2f} times"
+            )
+        rt.finish()
+        return 0
+
+    return work
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(prepare))
