@@ -57,6 +57,10 @@ class Booster(Protocol):
     """A training backend. It owns the wrapped model and its optimizer after `prepare`.
 
     A backend that cannot honour its config raises ValueError when it is built, not later.
+
+    It may have two attributes more: ``tensor_group``, the ranks that share linears and read the same samples (or
+    None), over which encoders can be cut; and ``loads_in_parts``, True where a rank needs less host memory for a model
+    on ``meta`` whose parts it reads than for a whole one.
     """
 
     dp_rank: int  # which slice of every global batch this process reads

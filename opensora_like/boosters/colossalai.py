@@ -86,6 +86,8 @@ class ColossalAIBooster:
         RuntimeError: torch.distributed is not initialised.
     """
 
+    loads_in_parts = True
+
     def __init__(
         self,
         *,
@@ -144,6 +146,11 @@ class ColossalAIBooster:
             for name, weights in exact.items():  # ColossalAI makes masters of weights that it has already rounded
                 self._update.masters[name].view(-1)[: len(weights)] = weights
         return wrapped
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share linears and read the same samples; None without tensor parallelism."""
+        return self._groups.tensor
 
     @property
     def param_groups(self) -> list[dict]:
@@ -239,7 +246,9 @@ class ColossalAIBooster:
 
 def _check_plugin(plugin: str, device: torch.device) -> None:
     if plugin == "gemini":
-        why = "it runs on CUDA only" if device.type != "cuda" else "this booster cannot read its chunks"
+        why = "this booster cannot read its chunks, which EMA and checkpoints need"
+        if device.type != "cuda":
+            why = "it runs on CUDA only (an assertion of its chunks fails elsewhere)"
         raise ValueError(
             f"booster.plugin='gemini' is not available: {why}; for sharded weights use booster.type='fsdp2', for a"
             " sharded optimizer booster.plugin='zero2'"

@@ -17,8 +17,13 @@ WHERE = "booster.plugin_config"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # ColossalAI's names -> ours, in `sequence_parallel`
 SEQUENCE_MODES = {"all_to_all": "all_to_all", "ring_attn": "ring"}
-# ColossalAI's modes in which the ranks that share linears share the tokens, too
-SHARED_MODES = ("split_gather", "ring")
+# ColossalAI's modes in which the ranks that share linears share the tokens, too -> why they are refused
+SHARED_MODES = {
+    "split_gather": "its linears gather the tokens of one stream from parts of equal size, and our models have linears"
+    " of their own for text, for image and for both, whose parts are as uneven as the captions and clips",
+    "ring": "its backward in ColossalAI 0.5.0 gives wrong gradients; and like 'split_gather' it gathers the tokens of"
+    " one stream from parts of equal size, which text and images of our models are not",
+}
 
 
 @dataclass(frozen=True)
@@ -184,9 +189,8 @@ def _check_at_least_1(options: ZeroOptions, keys: Iterable[str]) -> None:
 def _check_mode(mode: str) -> None:
     if mode in SHARED_MODES:
         raise ValueError(
-            f"{WHERE}.sequence_parallelism_mode={mode!r} is not supported: it gathers the tokens in front of each"
-            " linear that tp_size cuts, in equal parts of one stream, and our models have text and images in uneven"
-            f" parts; use one of {sorted(SEQUENCE_MODES)} with {WHERE}.sp_size, beside tp_size if need be"
+            f"{WHERE}.sequence_parallelism_mode={mode!r} is not supported: {SHARED_MODES[mode]}; use one of"
+            f" {sorted(SEQUENCE_MODES)} with {WHERE}.sp_size, beside tp_size if need be"
         )
     if mode not in SEQUENCE_MODES:
         raise ValueError(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from opensora_like.boosters.colossalai_layout import Groups
 from opensora_like.boosters.colossalai_options import WHERE
 from opensora_like.boosters.plan import divisors, head_counts, modules_at, plan_of
 from opensora_like.boosters.sequence_parallel import apply_sequence_parallelism
-from opensora_like.boosters.tensor_parallel import TensorCut, _Mean
+from opensora_like.boosters.tensor_parallel import TensorCut, mean_over_group
 from opensora_like.models.base import ParallelPlan
 
 TYPE = "booster.type='colossalai'"
@@ -136,10 +137,6 @@ def build_policy(cuts: Mapping[str, TensorCut], groups: Groups) -> Any:
 
 def _cut_norms(model: nn.Module, plan: ParallelPlan, cuts: Mapping[str, TensorCut], group: dist.ProcessGroup) -> None:
     """Give each norm over a cut width its part of the weights and the mean over all of the width."""
-
-    def mean_over_ranks(x: Tensor) -> Tensor:
-        return _Mean.apply(x, group)
-
     for name, norm in modules_at(model, plan.split_norms):
         norm.weight.data = cuts[f"{name}.weight"].take(norm.weight.detach())
-        norm.mean_over_ranks = mean_over_ranks
+        norm.mean_over_ranks = partial(mean_over_group, group=group)

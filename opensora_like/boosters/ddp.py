@@ -14,6 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opensora_like.boosters import layout
 from opensora_like.boosters.base import OptimizerFactory, ShardRange
+from opensora_like.boosters.sequence_parallel import (
+    Mode,
+    apply_sequence_parallelism,
+    build_sequence_group,
+    check_sequence,
+    data_ranks,
+)
 from opensora_like.boosters.update import OptimizerState, check_numbers, sum_of_squares
 from opensora_like.registry import BOOSTERS
 
@@ -36,15 +43,25 @@ class DDPBooster:
 
     The reference for the other backends. Without a process group it is a single process.
 
+    With sequence parallelism the ranks of a group read the same samples and each works on some of their tokens; the
+    average over all ranks is the exact gradient (`sequence_parallel`).
+
     Args:
+        sp_size: ranks that share the tokens of a sample.
+        sequence_parallelism_mode: "all_to_all" exchanges heads for tokens, "ring" passes keys and values round.
         dtype: "bf16" runs the forward under autocast with float32 weights; "fp32" does not.
         grad_clip: largest global L2 norm of the gradients; 0 does not clip.
         find_unused_parameters: for models of which a step may leave parameters out; costs a walk of the graph.
+
+    Raises:
+        ValueError: an unknown mode or dtype, or a size that does not divide the number of processes.
     """
 
     def __init__(
         self,
         *,
+        sp_size: int = 1,
+        sequence_parallelism_mode: Mode = "all_to_all",
         dtype: str = "bf16",
         grad_clip: float = 0.0,
         find_unused_parameters: bool = False,
@@ -53,22 +70,31 @@ class DDPBooster:
         check_numbers(dtype=dtype, grad_clip=grad_clip, dtypes=("bf16", "fp32"))
         self._dtype, self._grad_clip, self._device = dtype, grad_clip, torch.device(device)
         self._find_unused = find_unused_parameters
-        self.dp_rank, self.dp_size = layout.ranks()
+        self._rank, self._world_size = layout.ranks()
+        check_sequence(sp_size, sequence_parallelism_mode, self._world_size)
+        self._sequence = build_sequence_group(sp_size, sequence_parallelism_mode) if sp_size > 1 else None
+        self.dp_rank, self.dp_size = data_ranks(self._rank, self._world_size, sp_size=sp_size)
 
     def prepare(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
-        """Move `model` to the device and wrap it; see `Booster`."""
+        """Move `model` to the device and wrap it; see `Booster`.
+
+        Raises:
+            ValueError: heads that `sp_size` does not divide, or a model whose tokens cannot be cut.
+        """
         layout.check_trainable(model, where="booster.type='ddp'")
+        if self._sequence is not None:
+            apply_sequence_parallelism(model, self._sequence)
         layout.materialize(model, self._device, torch.float32)
         model.to(self._device)
         self._parameters = layout.check_trainable(model, where="booster.type='ddp'")
         layout.make_contiguous(self._parameters.values())
         self._ranges = {
-            name: layout.even_range(p.shape, self.dp_rank, self.dp_size) for name, p in self._parameters.items()
+            name: layout.even_range(p.shape, self._rank, self._world_size) for name, p in self._parameters.items()
         }
         self._optimizer = make_optimizer(list(self._parameters.values()))
         self._state = OptimizerState(self._optimizer, self._parameters, self._own)
         self._replicas: DistributedDataParallel | None = None
-        if self.dp_size > 1:
+        if self._world_size > 1:
             self._replicas = DistributedDataParallel(
                 model,
                 device_ids=[self._device.index] if self._device.type == "cuda" else None,

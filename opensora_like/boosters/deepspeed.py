@@ -49,6 +49,8 @@ class DeepSpeedBooster:
         RuntimeError: torch.distributed is not initialised.
     """
 
+    loads_in_parts = True
+
     def __init__(
         self,
         *,
@@ -87,12 +89,14 @@ class DeepSpeedBooster:
 
         layout.check_trainable(model, where=TYPE)
         on_meta = any(p.is_meta for p in model.parameters())
-        layout.materialize(model, torch.device("cpu"), self._dtype)
-        parameters = layout.check_trainable(model, where=TYPE)
-        layout.make_contiguous(parameters.values())
-        exact = {} if on_meta else {name: p.detach() for name, p in parameters.items()}
+        exact = {} if on_meta else {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         if self._stage == 3:
             self._cut_weights(model)
+        else:
+            layout.materialize(model, torch.device("cpu"), self._dtype)
+        parameters = layout.check_trainable(model, where=TYPE)
+        if self._stage < 3:
+            layout.make_contiguous(parameters.values())
         optimizer = make_optimizer(list(parameters.values()))
         check_optimizer(self._optimizer_section, optimizer)
         self._engine, self._zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._config)
@@ -108,17 +112,25 @@ class DeepSpeedBooster:
         for name, weights in exact.items():  # DeepSpeed makes masters of weights that it has already rounded
             place = self._places[name]
             part = place.ranges[self.dp_rank]
-            place.own(place.flat).copy_(weights.view(-1)[part.start : part.stop])
+            place.own(place.flat).copy_(weights.reshape(-1)[part.start : part.stop])
         return self._engine
 
     def _cut_weights(self, model: nn.Module) -> None:
-        """Cast and shard one weight after another, so that no device ever holds the whole model."""
+        """Cast and shard one weight after another, so that no device and no host ever holds the whole model."""
         import deepspeed
 
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(self._dtype)
-        deepspeed.zero.Init(module=model, config_dict_or_path=self._config, dtype=self._dtype)
+        dtype = self._dtype
+
+        class InTurn(nn.Module):
+            """What DeepSpeed takes for the model: it shards each parameter before it asks for the next."""
+
+            def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+                for parameter in layout.materialize_in_turn(model, torch.device("cpu"), dtype):
+                    if parameter.is_floating_point():
+                        parameter.data = parameter.data.to(dtype).contiguous()
+                    yield parameter
+
+        deepspeed.zero.Init(module=InTurn(), config_dict_or_path=self._config, dtype=dtype)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self._device)

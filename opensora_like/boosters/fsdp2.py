@@ -62,6 +62,8 @@ class FSDP2Booster:
         RuntimeError: torch.distributed is not initialised.
     """
 
+    loads_in_parts = True
+
     def __init__(
         self,
         *,

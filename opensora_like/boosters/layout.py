@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -52,20 +52,31 @@ def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> N
     Raises:
         ValueError: a frozen parameter or a buffer is on ``meta``: no load would ever fill it.
     """
+    for _ in materialize_in_turn(model, device, dtype):
+        pass
+
+
+def materialize_in_turn(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Parameter]:
+    """All parameters one after another, each once; one on ``meta`` is replaced when it is asked for, see `materialize`.
+
+    Who cuts each of them before he asks for the next never has more than one whole.
+    """
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    if not any(t.is_meta for _, t in tensors):
-        return
-    lost = [name for name, t in tensors if t.is_meta and not t.requires_grad]
-    if lost:
+    if lost := [name for name, t in tensors if t.is_meta and not t.requires_grad]:
         raise ValueError(
             f"{len(lost)} frozen tensors on meta, {lost[:3]}; checkpoints hold trainable ones only; load them first"
         )
-    made: dict[int, nn.Parameter] = {}  # a parameter that two modules share stays shared
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # one that two modules share stays shared
     for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                zeros = torch.zeros(parameter.shape, dtype=dtype, device=device)
-                setattr(module, name, made.setdefault(id(parameter), nn.Parameter(zeros)))
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append((module, name))
+    for parameter, places in owners.items():
+        made = parameter
+        if parameter.is_meta:
+            made = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device))
+            for module, name in places:
+                setattr(module, name, made)
+        yield made
 
 
 def make_contiguous(parameters: Iterable[nn.Parameter]) -> None:

@@ -79,6 +79,12 @@ class InitialValues(TorchDispatchMode):
         """Whether the initial value of a parameter that was built can be made."""
         return bool(self._steps.get(_key(parameter))) and _is_whole(parameter)
 
+    def is_drawn(self, parameter: Tensor) -> bool:
+        """Whether random numbers are in the initial value of one that is known; many are drawn and then set to 0."""
+        make = self.maker("", parameter)
+        values = [make(), InitialValues(self._seed + 1)._make("", *make.args[1:])]
+        return not torch.equal(*values)
+
     def maker(self, name: str, parameter: Tensor) -> Callable[[], Tensor]:
         """What makes it, whole, float32 on the CPU; it does not need the parameter any more."""
         return partial(self._make, name, tuple(parameter.shape), self._steps[_key(parameter)])

@@ -81,7 +81,7 @@ def copy_runs(target: Tensor, source: Tensor, copies: Copies) -> None:
         if (distances := _distances(to, origin)) is not None:
             to_step, from_step = distances
             rows = source.as_strided((len(to), size), (from_step, 1), source.storage_offset() + int(origin[0]))
-            target.as_strided((len(to), size), (to_step, 1), int(to[0])).copy_(rows)
+            target.as_strided((len(to), size), (to_step, 1), target.storage_offset() + int(to[0])).copy_(rows)
             continue
         for first, begin in zip(to.tolist(), origin.tolist(), strict=True):
             target[first : first + size] = source[begin : begin + size]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from opensora_like.boosters.base import Booster, ShardRange, ShardStrips, Strip
+from opensora_like.boosters.base import Booster, ShardRange, ShardStrips
 from opensora_like.checkpoint import layout
+from opensora_like.checkpoint.files import TensorFile
 from opensora_like.checkpoint.pieces import PieceReader
 from opensora_like.checkpoint.weights import LoadReport, compare_shapes, newest_of
 from opensora_like.models.base import Denoiser
@@ -47,55 +47,34 @@ class _Pieces:
 
 
 class _Safetensors:
-    """Files of safetensors."""
+    """Files of safetensors, read and not mapped: pages of a mapped file would count as this process's memory."""
 
     def __init__(self, files: list[Path], *, where: str, on_read: OnRead) -> None:
-        from safetensors import safe_open
-
         self._on_read = on_read
-        self._file_of: dict[str, Any] = {}
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{where}: {str(file)!r} does not exist")
+        self._file_of: dict[str, TensorFile] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            if not path.is_file():
+                raise FileNotFoundError(f"{where}: {str(path)!r} does not exist")
             try:
-                handle = safe_open(file, framework="pt")
-            except Exception as problem:  # safetensors has its own error type
-                raise ValueError(f"{where}={str(file)!r} is not a readable safetensors file: {problem}") from problem
-            self._file_of |= dict.fromkeys(handle.keys(), handle)
+                file = TensorFile(path)
+            except OSError as problem:
+                raise ValueError(f"{where}={str(path)!r} is not a readable safetensors file: {problem}") from problem
+            self._shapes |= file.shapes()
+            self._file_of |= dict.fromkeys(file.shapes(), file)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
+        return dict(self._shapes)
 
     def read(self, name: str, place: ShardRange | ShardStrips) -> Tensor:
-        out: Tensor | None = None
-        total = sum(strip.length * strip.count for strip in place.strips)
+        file = self._file_of[name]
+        out = torch.empty(sum(strip.length * strip.count for strip in place.strips), dtype=file.dtype(name))
         for strip in place.strips:
-            part = self._strip(name, place.shape, strip)
-            if part.numel() == total:
-                return part.reshape(-1)
-            out = part.new_empty(total) if out is None else out
-            rows = out.as_strided((strip.count, strip.length), (strip.step, 1), strip.at)
-            rows.copy_(part.view(strip.count, strip.length))
-        return torch.empty(0) if out is None else out
-
-    def _strip(self, name: str, shape: tuple[int, ...], strip: Strip) -> Tensor:
-        """The elements of a strip, contiguous."""
-        handle = self._file_of[name].get_slice(name)
-        if not shape:
-            return self._counted(self._file_of[name].get_tensor(name)).reshape(1)
-        width = math.prod(shape[1:])
-        first, last = strip.start // width, -(-(strip.start + strip.stride * (strip.count - 1) + strip.length) // width)
-        column = strip.start % width
-        is_box = len(shape) == 2 and strip.stride == width and column + strip.length <= width
-        if strip.count > 1 and is_box:
-            return self._counted(handle[first:last, column : column + strip.length]).contiguous()
-        rows = self._counted(handle[first:last]).reshape(-1)
-        part = rows.as_strided((strip.count, strip.length), (strip.stride, 1), rows.storage_offset() + column)
-        return part.contiguous()
-
-    def _counted(self, tensor: Tensor) -> Tensor:
-        self._on_read(tensor.nbytes)
-        return tensor
+            for i in range(strip.count):
+                at = strip.at + i * strip.step
+                file.read_into(out[at : at + strip.length], name, strip.start + i * strip.stride)
+        self._on_read(out.nbytes)
+        return out
 
 
 def open_source(

@@ -113,7 +113,10 @@ def _read_file(path: Path, where: str) -> dict[str, Tensor]:
         except Exception as problem:  # safetensors has its own error type
             raise ValueError(f"{where}={str(path)!r} is not a readable safetensors file: {problem}") from problem
     if path.suffix in (".pt", ".pth", ".bin"):
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as problem:  # torch and its unpickler raise many types
+            raise ValueError(f"{where}={str(path)!r} is not a readable torch file: {problem}") from problem
         return loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     raise ValueError(f"{where}={str(path)!r}: weights are read from .safetensors, .pt, .pth, .bin or a folder")
 

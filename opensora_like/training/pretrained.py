@@ -41,8 +41,10 @@ class Unfilled:
         load_pretrained_sharded(booster, self.source, self.names, initial=lambda name: self.initial[name]())
 
 
-def build_unfilled(cfg: RunConfig, world_size: int) -> Unfilled | None:
+def build_unfilled(cfg: RunConfig, booster: Booster, world_size: int) -> Unfilled | None:
     """The denoiser for loading in parts; None where the settings do not ask for it or the weights do not allow it.
+
+    Unless asked for, it is done only where it gives the numbers that a load of the whole gives.
 
     Raises:
         ValueError: `load_sharded` without weights to load, or weights that do not fit.
@@ -51,21 +53,16 @@ def build_unfilled(cfg: RunConfig, world_size: int) -> Unfilled | None:
     path = cfg.model.get("from_pretrained")
     if cfg.load_sharded and not path:
         raise ValueError("load_sharded=True is about the weights of model.from_pretrained, and that is not set")
-    if not path or not _is_wanted(cfg, world_size):
+    wanted = cfg.load_sharded
+    if wanted is None:
+        wanted = world_size > 1 and getattr(booster, "loads_in_parts", False)
+    if not path or not wanted:
         return None
     found = _unfilled(cfg, path)
     if isinstance(found, str):
         logger.info("%s %s: every rank loads it whole, since %s", WHERE, path, found)
         return None
     return found
-
-
-def _is_wanted(cfg: RunConfig, world_size: int) -> bool:
-    if cfg.load_sharded is not None:
-        return cfg.load_sharded
-    kind, options = cfg.booster["type"], cfg.booster
-    shares_weights = kind == "fsdp2" or (kind == "deepspeed" and options.get("stage") == 3)
-    return world_size > 1 and shares_weights
 
 
 def _unfilled(cfg: RunConfig, path: str) -> Unfilled | str:
@@ -89,6 +86,12 @@ def _unfilled(cfg: RunConfig, path: str) -> Unfilled | str:
     missing = {name: p for name, p in model.named_parameters() if name not in plan.names}
     if unknown := [name for name, p in missing.items() if not initial.knows(p)]:
         return f"initial values of what it lacks cannot be made alone, {unknown[:3]}"
+    drawn = [name for name, p in missing.items() if initial.is_drawn(p)]
+    if drawn and cfg.load_sharded is None:
+        return (
+            f"it lacks {drawn[:3]}, which begin with random numbers that would be others (load_sharded=True loads it in"
+            " parts all the same)"
+        )
     log_report(f"{WHERE} {path}, in parts", plan.report)
     makers = {name: initial.maker(name, p) for name, p in missing.items()}
     return Unfilled(model, source, plan.names, makers)

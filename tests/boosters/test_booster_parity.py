@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ import booster_cases as cases
 import pytest
 import torch
 from booster_cases import Case, Tiny, loss_of, optimizer_of, parts
+from parity_harness import launch
 from torch import Tensor
 
-SCRIPT = Path(cases.__file__)
-ROOT = SCRIPT.parents[2]
 ALL = cases.PLAIN + cases.CLIPPED + cases.WITH_OPTIONS
 WORLDS = (1, 2)
 
@@ -30,31 +27,27 @@ FP32 = 1e-6  # weights 6.0e-8, norms 1.1e-7 (relative): the order of float32 sum
 BF16_WEIGHTS, BF16_NORMS = 3e-3, 1e-2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes have: some of what is compared has to be equal bit by bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, dict[str, Any]], str]:
     """World size -> what `booster_cases` found, and all that was printed. The single process comes last: it reads
     the shards of the two."""
     folder = tmp_path_factory.mktemp("boosters")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]
-    printed = [run_script([sys.executable, *launcher, str(SCRIPT), str(folder)]) for launcher in (torchrun, [])]
+    printed = [launch(Path(cases.__file__), str(folder), world=world) for world in (2, 1)]
     return {n: torch.load(folder / f"world{n}.pt") for n in WORLDS}, "".join(printed)
 
 
 @pytest.fixture(scope="module")
 def facts(ran: tuple[dict[int, dict[str, Any]], str]) -> dict[int, dict[str, Any]]:
     return ran[0]
-
-
-def run_script(command: list[str]) -> str:
-    """Run to the end. Returns: its output."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # gloo looks the machine's own name up unless it is told which interface to use
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    for inherited in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        env.pop(inherited, None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 def reference(case: Case, world_size: int, *, rounding: str) -> tuple[dict[str, Tensor], list[float]]:

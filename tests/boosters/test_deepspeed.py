@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,8 @@ pytest.importorskip("deepspeed", reason="pip install -r requirements/deepspeed.t
 import booster_cases as base
 import deepspeed_cases as cases
 from booster_cases import Case, Tiny, loss_of, optimizer_of, parts
+from parity_harness import launch
 
-SCRIPT = Path(cases.__file__)
-ROOT = SCRIPT.parents[2]
 WORLDS = (1, 2)
 TRAINED = {**cases.PLAIN, **cases.WITH_OPTIONS}
 
@@ -39,26 +35,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, dict[str, A
     """World size -> what `deepspeed_cases` found, and all that was printed. The single process comes last: it reads
     the checkpoints of the two."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]
-    printed = [run_script([sys.executable, *launcher, str(SCRIPT), str(folder)]) for launcher in (torchrun, [])]
+    # there is no compiler, as on many clusters
+    printed = [launch(Path(cases.__file__), str(folder), world=world, CXX="/no/compiler") for world in (2, 1)]
     return {n: torch.load(folder / f"deepspeed_world{n}.pt") for n in WORLDS}, "".join(printed)
 
 
 @pytest.fixture(scope="module")
 def facts(ran: tuple[dict[int, dict[str, Any]], str]) -> dict[int, dict[str, Any]]:
     return ran[0]
-
-
-def run_script(command: list[str]) -> str:
-    """Run to the end, with no compiler. Returns: its output."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # gloo looks the machine's own name up unless it is told which interface to use
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CXX": "/no/compiler"}
-    for inherited in ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
-        env.pop(inherited, None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 # A reference: float32 masters, and what computes their gradients of one step and returns the loss.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fsdp2_cases import LOADED, Case, launch, name_of
+from fsdp2_cases import LOADED, Case, name_of, results
 from fsdp2_compare import ALL, compare
 
 from opensora_like.boosters.base import ShardRange, ShardStrips
@@ -29,21 +29,21 @@ def test_trains_as_one_process(world: int, case: Case) -> None:
 @pytest.mark.parametrize("move", MOVED)
 def test_checkpoint_moves_between_layouts(move: str) -> None:
     """Masters, EMA and optimizer state come back bit for bit in any layout; the next step is the same."""
-    found = launch()[int(move.split("-> ")[1][0])][move]
+    found = results()[int(move.split("-> ")[1][0])][move]
     assert found["exact"]
     assert found["loss"] < 1e-6 and found["norm"] < 1e-6
 
 
 def test_checkpoint_of_tensor_parallelism_opens_without_it() -> None:
     """What two tensor-parallel ranks wrote, a plain ddp process continues."""
-    found = launch()[1]["2 tp_size=2 -> 1 ddp"]
+    found = results()[1]["2 tp_size=2 -> 1 ddp"]
     assert found["exact"] and found["loss"] < 1e-6 and found["norm"] < 1e-6
 
 
 @pytest.mark.parametrize("layout", ["plain", "tp_size=2", "sp_size=2", "cpu_offload=True"])
 def test_non_finite_step_leaves_no_trace(layout: str) -> None:
     """An infinite loss on one rank: every rank hears of it, weights and optimizer stay, the next step is clean."""
-    found = launch()[2][f"skips {layout}"]
+    found = results()[2][f"skips {layout}"]
     assert not math.isfinite(found["norm"])
     assert found["unchanged"] and found["forgotten"]
 
@@ -51,13 +51,13 @@ def test_non_finite_step_leaves_no_trace(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["plain", "tp_size=2", "sp_size=2", "cpu_offload=True"])
 def test_model_on_meta_is_filled_by_a_load(layout: str) -> None:
     """A model that never was whole in memory trains on from a checkpoint."""
-    found = launch()[2][f"meta {layout}"]
+    found = results()[2][f"meta {layout}"]
     assert found["exact"] and found["loss"] < 1e-6 and found["norm"] < 1e-6
 
 
 def test_accumulation_reduces_once() -> None:
     """Gradients are reduced in the last micro-batch of a step only, once per block and once for the rest."""
-    assert launch()[2]["communication"] == {"False": 0, "True": 4}
+    assert results()[2]["communication"] == {"False": 0, "True": 4}
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,14 @@ def test_accumulation_reduces_once() -> None:
         ("heads sp", "booster.sp_size=2 does not divide the 3 heads .* booster.sequence_parallelism_mode='ring'"),
         ("odd width", "booster.tp_size=2 does not divide the part of 21 of double_blocks.0.img_mlp.0"),
         ("no plan", "Linear has no parallel_plan"),
+        ("ddp sp 4", "booster.sp_size=4 does not divide the 2 processes; use one of [1, 2]"),
+        ("ddp heads sp", "booster.sp_size=2 does not divide the 3 heads .* use one of [1, 3]"),
+        ("ddp no plan", "booster.sp_size=2: Linear has no parallel_plan"),
     ],
 )
 def test_what_does_not_fit_is_refused(layout: str, words: str) -> None:
     """The message has the key, both numbers, and what would do."""
-    message, at = launch()[2]["errors"][layout], 0
+    message, at = results()[2]["errors"][layout], 0
     for part in words.split(" .* "):
         assert part in message[at:], message
         at = message.index(part, at) + len(part)
@@ -84,7 +87,15 @@ def test_what_does_not_fit_is_refused(layout: str, words: str) -> None:
 
 def test_ring_takes_any_number_of_heads() -> None:
     """Three heads on two ranks: all_to_all refuses, ring does not."""
-    assert launch()[2]["errors"]["heads ring"] == ""
+    assert results()[2]["errors"]["heads ring"] == ""
+    assert results()[2]["errors"]["ddp heads ring"] == ""
+
+
+def test_ddp_with_sequence_groups_owns_by_rank_and_loads() -> None:
+    """Ranges of a flat shard go by the rank in the world, not in the data: a checkpoint of tp comes back bit for bit,
+    into a model on meta."""
+    found = results()[2]["meta ddp"]
+    assert found["exact"] and found["loss"] < 1e-6 and found["norm"] < 1e-6
 
 
 def shards_of(whole: torch.Tensor, cut_dim: int, sizes: tuple[int, ...], tp: int, shards: int) -> list:
@@ -121,6 +132,8 @@ def test_any_cut_writes_and_reads_back(tmp_path: Path) -> None:
         assert torch.equal(reader.read_whole("master", "w"), whole)
         for place, shard in shards_of(whole, dim, sizes, int(random.choice([1, 2, 3, 6])), 2):
             assert torch.equal(reader.read_place("master", "w", place), shard)
+            view = torch.empty(len(shard) + 3)[3:]  # masters are often views of something larger
+            assert torch.equal(reader.read_place("master", "w", place, out=view), shard)
         start, stop = sorted(random.integers(0, whole.numel() + 1, 2).tolist())
         assert torch.equal(reader.read("master", "w", start, stop), whole.flatten()[start:stop])
 

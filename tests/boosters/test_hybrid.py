@@ -29,7 +29,7 @@ BF16_LOSSES, BF16_NORMS, BF16_WEIGHTS = 1e-2, 2e-2, 3e-3
 
 @pytest.fixture(scope="module")
 def facts() -> dict[int, dict[str, Any]]:
-    return cases.launch()[0]
+    return cases.results()[0]
 
 
 def every(dtype: str) -> list[Any]:
@@ -125,7 +125,7 @@ def test_ring_attention_takes_any_number_of_heads(facts):
 def test_the_terminal_stays_quiet(facts):
     """No advice about packages, renamed functions, or a walk of DDP that nobody asked for."""
     for word in ("tensornvme", "apex", "FutureWarning", "UserWarning", "find_unused_parameters"):
-        assert word not in cases.launch()[1]
+        assert word not in cases.results()[1]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from parity_harness import CPU, everywhere, same_on_all_ranks, same_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,7 +26,6 @@ from opensora_like.boosters.base import Booster, OptimizerFactory
 from opensora_like.registry import BOOSTERS, build
 
 STEPS, SAMPLES, TOKENS, WIDTH = 10, 8, 5, 12
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -182,26 +181,6 @@ class Trained:
         dist.barrier()
 
 
-def everywhere(claim: bool) -> bool:
-    """Whether all ranks say so."""
-    votes = torch.tensor([int(claim)])
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
-    return bool(votes)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def same_on_all_ranks(tensors: Iterator[Tensor]) -> bool:
-    equal = True
-    for tensor in tensors:
-        rank0 = tensor.detach().clone()
-        dist.broadcast(rank0, src=0)
-        equal = equal and torch.equal(rank0, tensor)
-    return everywhere(equal)
-
-
 def trains(case: Case) -> dict[str, Any]:
     """Norms and final masters, and that the ranks agree on working weights."""
     run = Trained(case)
@@ -227,10 +206,14 @@ def skips_non_finite(case: Case) -> dict[str, Any]:
     clean.steps(0, 2)
     before = run.snapshot()
     norm = run.step(2, bad_rank=run.booster.dp_size - 1)
-    unchanged = everywhere(same(before, run.snapshot()))
+    unchanged = everywhere(same_tensors(before, run.snapshot()))
     run.step(3)
     clean.step(3)
-    return {"norm": norm, "unchanged": unchanged, "forgotten": everywhere(same(run.snapshot(), clean.snapshot()))}
+    return {
+        "norm": norm,
+        "unchanged": unchanged,
+        "forgotten": everywhere(same_tensors(run.snapshot(), clean.snapshot())),
+    }
 
 
 def resumes(case: Case, folder: Path) -> dict[str, Any]:
@@ -241,13 +224,13 @@ def resumes(case: Case, folder: Path) -> dict[str, Any]:
     halves = first.steps(0, STEPS // 2)
     first.write(folder)
     second.read(folder)
-    restored = everywhere(same(first.snapshot(), _with_frozen(second, first)))
+    restored = everywhere(same_tensors(first.snapshot(), _with_frozen(second, first)))
     halves += second.steps(STEPS // 2, STEPS)
     state = first.booster.optimizer_shards()
     return {
         "restored": restored,
         "norms_equal": norms == halves,
-        "equal": everywhere(same(whole.snapshot(), _with_frozen(second, whole))),
+        "equal": everywhere(same_tensors(whole.snapshot(), _with_frozen(second, whole))),
         "masters": first.masters(),
         "state": {kind: first.booster.gather(tensors) for kind, tensors in state.items()},
         "final": whole.masters(),

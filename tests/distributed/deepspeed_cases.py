@@ -16,19 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from booster_cases import (
-    CPU,
-    STEPS,
-    Case,
-    Tiny,
-    Trained,
-    everywhere,
-    loss_of,
-    optimizer_of,
-    parts,
-    same,
-    same_on_all_ranks,
-)
+from booster_cases import STEPS, Case, Tiny, Trained, loss_of, optimizer_of, parts
+from parity_harness import CPU, everywhere, same_on_all_ranks, same_tensors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -176,9 +165,9 @@ def skips_non_finite(case: Case) -> dict[str, Any]:
     clean.steps(0, 2)
     before = run.snapshot()
     norm = run.step(2, bad_rank=run.booster.dp_size - 1)
-    unchanged = everywhere(same(before, run.snapshot()))
+    unchanged = everywhere(same_tensors(before, run.snapshot()))
     norms = (run.step(3), clean.step(3))
-    forgotten = everywhere(same(run.snapshot(), clean.snapshot()))
+    forgotten = everywhere(same_tensors(run.snapshot(), clean.snapshot()))
     return {"norm": norm, "unchanged": unchanged, "forgotten": forgotten and norms[0] == norms[1]}
 
 
@@ -192,12 +181,12 @@ def resumes(case: Case, folder: Path) -> dict[str, Any]:
     saved = manager(first.booster, folder).save(TrainState(step=STEPS // 2))
     _share_frozen(second, first)
     manager(second.booster, folder).load(saved)
-    restored = everywhere(same(first.snapshot(), second.snapshot()))
+    restored = everywhere(same_tensors(first.snapshot(), second.snapshot()))
     halves += second.steps(STEPS // 2, STEPS)
     return {
         "restored": restored,
         "norms_equal": norms == halves,
-        "equal": everywhere(same(whole.snapshot(), second.snapshot())),
+        "equal": everywhere(same_tensors(whole.snapshot(), second.snapshot())),
         "masters": first.masters(),
         "ema": first.booster.gather(ema.shards),
         "state": first.states(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fsdp2_cases import BF16, CASES, CLIP, Case, launch
+from fsdp2_cases import BF16, CASES, CLIP, Case, results
 
 FLOAT32 = {"losses": 1e-5, "norms": 1e-5, "weights": 1e-5}
 # bfloat16 keeps 8 bits (0.4 %). The reference computes under autocast, where the residual stream and the norms' scales
@@ -15,8 +15,8 @@ ALL = [(world, case) for world, cases in CASES.items() for case in cases]
 
 def compare(world: int, case: Case) -> None:
     """Losses and norms of every step, relatively, and the final weights, absolutely."""
-    results = launch()
-    found, reference = results[world][case.name], results[1][f"reference {case.problem.name}"]
+    everything = results()
+    found, reference = everything[world][case.name], everything[1][f"reference {case.problem.name}"]
     allowed = BFLOAT16 if case.problem == BF16 else FLOAT32
     assert min(reference["norms"]) > CLIP, "clipping must be active"
     for kind in ("losses", "norms"):

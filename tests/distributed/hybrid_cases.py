@@ -10,36 +10,29 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from fsdp2_cases import (
+from fsdp2_cases import Case, Problem, mmdit, optimizer_of, run_of, trains
+from parity_harness import (
     CPU,
-    Case,
-    Problem,
-    Trained,
     everywhere,
-    manager_of,
+    groups_given_back,
+    launch,
+    loads,
     message_of,
-    mmdit,
-    optimizer_of,
     same,
-    trains,
+    saves,
+    skips_non_finite,
 )
 from torch import nn
-from torch.distributed import distributed_c10d
 
 from opensora_like import runtime
-from opensora_like.checkpoint.manager import TrainState
 from opensora_like.registry import BOOSTERS, build
-from opensora_like.training.ema import EMA
 
 
 def plugin(name: str, **config: Any) -> tuple[tuple[str, Any], ...]:
@@ -124,69 +117,13 @@ LOADED: dict[int, list[tuple[int, str, str]]] = {  # (processes that saved, save
 SKIPPED = ["tp2", "tp2 zero1", "dp", "stage2", "zero1-seq", "tp2 bf16"]
 
 
-@contextmanager
-def groups_given_back() -> Iterator[None]:
-    """Destroy the process groups that a run makes: each has a thread of gloo that never sleeps long."""
-    before = set(distributed_c10d._world.pg_map)
-    yield
-    dist.barrier()
-    for group in set(distributed_c10d._world.pg_map) - before:
-        dist.destroy_process_group(group)
-
-
-@groups_given_back()
-def saves(folder: Path, layout: str) -> None:
-    """A run of two steps, written as a checkpoint, and beside it what was in it."""
-    run = Trained(LAYOUTS[layout])
-    ema = EMA(run.booster, 0.5)
-    for step in range(2):
-        run.step(step)
-        ema.update(step + 1)
-    manager_of(run, folder, ema).save(TrainState(step=2))
-    whole = run.whole(ema)
-    loss, norm = run.step(2)
-    if dist.get_rank() == 0:
-        torch.save({"whole": whole, "loss": loss, "norm": norm}, folder / "truth.pt")
-    dist.barrier()
-
-
-@groups_given_back()
-def loads(folder: Path, layout: str) -> dict[str, Any]:
-    """A checkpoint of any layout, read into another that started from other weights."""
-    truth = torch.load(folder / "truth.pt")
-    run = Trained(LAYOUTS[layout], seed=1)
-    with torch.no_grad():
-        run.loss(0, run.booster.dp_rank, run.booster.dp_size)
-    ema = EMA(run.booster, 0.5)
-    manager_of(run, folder, ema).load(folder / "epoch0-global_step2")
-    whole = run.whole(ema)
-    exact = dist.get_rank() != 0 or same(whole, truth["whole"])
-    loss, norm = run.step(2)
-    return {"exact": everywhere(exact), "loss": abs(loss / truth["loss"] - 1), "norm": abs(norm / truth["norm"] - 1)}
-
-
-@groups_given_back()
-def skips_non_finite(layout: str) -> dict[str, Any]:
-    """A step whose loss is infinite on the last rank only, between good ones."""
-    run, clean = Trained(LAYOUTS[layout]), Trained(LAYOUTS[layout])
-    run.step(0)
-    clean.step(0)
-    before = run.whole()
-    is_last = dist.get_rank() == dist.get_world_size() - 1
-    _, norm = run.step(1, factor=float("inf") if is_last else 1.0)
-    unchanged = everywhere(same(before, run.whole()))
-    run.step(2)
-    clean.step(2)
-    return {"norm": norm, "unchanged": unchanged, "forgotten": everywhere(same(run.whole(), clean.whole()))}
-
-
 @groups_given_back()
 def fills_meta() -> dict[str, Any]:
     """A model on meta under tensor parallelism, filled through the views as a load does."""
-    whole = Trained(LAYOUTS["tp2"])
+    whole = run_of(LAYOUTS["tp2"])
     with torch.device("meta"):
         model = mmdit()
-    empty = Trained(LAYOUTS["tp2"], model=model)
+    empty = run_of(LAYOUTS["tp2"], model=model)
     shards = dict(whole.booster.master_shards())
     for name, shard in empty.booster.master_shards():
         shard.copy_(shards[name])
@@ -226,11 +163,16 @@ def main(folder: Path) -> None:
         with groups_given_back():
             facts[c.name] = trains(c)
     for name in SAVED[world]:
-        saves(folder / "saved" / f"{world} {name}", name)
+        with groups_given_back():
+            saves(run_of(LAYOUTS[name]), folder / "saved" / f"{world} {name}")
     for origin, saved, name in LOADED[world]:
-        facts[f"{origin} {saved} -> {world} {name}"] = loads(folder / "saved" / f"{origin} {saved}", name)
+        with groups_given_back():
+            found = loads(run_of(LAYOUTS[name], seed=1), folder / "saved" / f"{origin} {saved}")
+        facts[f"{origin} {saved} -> {world} {name}"] = found
     if world == 2:
-        facts |= {f"skips {name}": skips_non_finite(name) for name in SKIPPED}
+        for name in SKIPPED:
+            with groups_given_back():
+                facts[f"skips {name}"] = skips_non_finite(run_of(LAYOUTS[name]), run_of(LAYOUTS[name]))
         facts["meta"] = fills_meta()
         facts["errors"] = errors()
     if process.is_main:
@@ -239,19 +181,13 @@ def main(folder: Path) -> None:
 
 
 @functools.cache
-def launch() -> tuple[dict[int, dict[str, Any]], str]:
+def results() -> tuple[dict[int, dict[str, Any]], str]:
     """Run everything once, with 2, 4 and 1 processes. Returns: number of processes -> case -> facts; what it said."""
-    here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parents[1]}:{here}"}
         found, printed = {}, ""
         for world in (2, 4, 1):
-            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-            command = [*(start if world > 1 else [sys.executable]), __file__, folder]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-            assert done.returncode == 0, f"{world} processes: {done.stderr[-4000:]}"
+            printed += launch(Path(__file__), folder, world=world)
             found[world] = torch.load(Path(folder) / f"world{world}.pt")
-            printed += done.stdout + done.stderr
         return found, printed
 
 

@@ -1,8 +1,15 @@
-"""Compares whole and cut T5 encoders on two processes and prints what came out, for the tests."""
+"""Compares whole and cut T5 encoders on two processes and prints what came out, for the tests.
+
+    torchrun --nproc_per_node 2 text_encoder_cases.py FOLDER
+
+Training runs with a cut encoder leave their metrics in FOLDER/{layout}/toy.
+"""
 
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,8 +19,16 @@ from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from opensora_like import runtime
 from opensora_like.boosters.text_encoder_parallel import cut_t5
 from opensora_like.models.text_encoders import T5TextEncoder
+from opensora_like.training.trainer import train
+from tests.training.harness import build_toy
 
 SIZES = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "dropout_rate": 0.0}
+RUNS = {
+    "hybrid": {"type": "colossalai", "plugin": "hybrid", "plugin_config": {"tp_size": 2}},
+    "fsdp2": {"type": "fsdp2", "tp_size": 2},
+    "fsdp2 alone": {"type": "fsdp2"},
+}
+CAPTIONS = ["a cat", "", "a longer caption than the others"]
 
 
 def build(config_class: type, model_class: type, projection: str, num_heads: int = 4) -> nn.Module:
@@ -41,6 +56,24 @@ def compare(model: nn.Module) -> str:
     return "same, smaller" if sizes[1] < 0.53 * sizes[0] else f"same, {sizes}"
 
 
+def run_with_cut_encoder(layout: str, folder: Path) -> str:
+    """Three steps of a whole run as its config builds it; its embeddings against those of its encoder, uncut."""
+    arguments = [f"--booster={RUNS[layout]}", "--encoders.text.tp=True", "--steps=3"]
+    try:
+        run = build_toy(folder / layout, *arguments)
+    except ValueError as problem:
+        return f"{layout}: {problem}"
+    cut = run.step_fn.encode.encoders["text"]
+    tiny = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    whole = T5TextEncoder(max_length=16, dtype="fp32", tiny=tiny)
+    a, b = (encoder.encode(CAPTIONS) for encoder in (whole, cut))
+    difference = ((a - b).abs().max() / a.abs().max()).item()
+    sizes = [sum(p.numel() for n, p in e.named_parameters() if "block" in n) for e in (whole, cut)]
+    train(run)
+    same = "same" if difference <= 1e-6 else f"differs by {difference}"
+    return f"{layout}: {same}, {'smaller' if sizes[1] < 0.53 * sizes[0] else sizes}"
+
+
 def main() -> None:
     runtime.start()
     lines = [
@@ -51,12 +84,13 @@ def main() -> None:
     options = {"tiny": {"hidden_size": 16, "num_heads": 2}, "max_length": 16, "dtype": "fp32"}
     whole, cut = T5TextEncoder(**options), T5TextEncoder(**options, tp=True)
     cut.cut(lambda model: cut_t5(model, dist.group.WORLD))
-    a, b = (encoder.encode(["a cat", "", "a longer caption than the others"]) for encoder in (whole, cut))
+    a, b = (encoder.encode(CAPTIONS) for encoder in (whole, cut))
     lines.append("encoder: same, smaller" if (a - b).abs().max() <= 1e-6 * a.abs().max() else "encoder: differs")
     try:
         compare(build(T5Config, T5EncoderModel, "relu", num_heads=3))
     except ValueError as problem:
         lines.append(str(problem))
+    lines += [run_with_cut_encoder(layout, Path(sys.argv[1])) for layout in RUNS]
     print("\n".join(lines) + "\n", end="", flush=True)
     runtime.finish()
 
