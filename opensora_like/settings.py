@@ -74,21 +74,58 @@ class RunConfig:
     )
     steps: int | None = setting(None, doc="optimizer updates in all; None trains `epochs`")
     epochs: int = setting(1000, doc="passes over the table, where `steps` is None")
-    accumulation_steps: int = setting(1, doc="micro-batches per rank and update")
+    accumulation_steps: int = setting(1, doc="micro-batches per rank and update; or set `global_batch_size`")
+    global_batch_size: int | None = setting(
+        None, doc="samples per update; accumulation_steps follows from it, the batch size and the number of ranks"
+    )
+    local_batch_size: int | None = setting(
+        None, doc="samples per micro-batch and rank, in place of the batch size of every bucket; None: the buckets'"
+    )
     grad_ckpt_buffer_size: int = setting(
         0,
         doc="bytes of pinned host memory per rank that hold, between forward and backward, what the backward needs "
         "(the blocks' inputs, with grad_ckpt_settings); what does not fit stays on the device. 0 is off",
     )
     grad_clip: float = setting(1.0, doc="largest global L2 norm of the gradients; 0 does not clip")
-    warmup_steps: int = setting(0, doc="updates over which lr rises linearly from 0")
-    lr_schedule: Literal["constant", "cosine"] = setting("constant", doc="after the warm-up; cosine falls to 0")
+    warmup_steps: int | float = setting(
+        0, doc="updates over which lr rises linearly; below 1 it is a share of the updates after which lr is at its end"
+    )
+    warmup_lr: float | None = setting(
+        None, doc="lr of the first update of the warm-up; None: lr / (warmup_steps + 1), a straight line from 0"
+    )
+    lr_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = setting(
+        "constant", doc="after the warm-up: linear, cosine and (at the end only) wsd fall to `min_lr`"
+    )
+    min_lr: float = setting(0.0, doc="where lr_schedule ends, or what it does not go below")
+    lr_decay_steps: int | None = setting(None, doc="update at which lr_schedule is at its end; None: the last one")
+    wsd_decay_steps: int | None = setting(None, doc="updates of the fall of wsd; None: a tenth of all")
+    wsd_decay: Literal["linear", "cosine", "exponential", "minus_sqrt"] = setting("linear", doc="shape of that fall")
+    weight_decay_end: float | None = setting(
+        None, doc="weight decay at `weight_decay_steps`, coming from optim.weight_decay; None: it stays"
+    )
+    weight_decay_steps: int | None = setting(None, doc="updates that this takes; None: all")
+    weight_decay_schedule: Literal["linear", "cosine"] = setting("linear", doc="shape of the way there")
     ema_decay: float | None = setting(
         None, doc="decay of the float32 moving average of the weights, reached by warm-up; None keeps none"
     )
 
     num_workers: int = setting(4, doc="loader processes per rank; 0 reads in the training process")
     prefetch_factor: int = setting(2, doc="micro-batches each worker reads ahead")
+    pin_memory: bool | None = setting(
+        None, doc="read batches into page-locked memory, which is kept for reuse; None: with a GPU"
+    )
+    device_prefetch: bool | None = setting(
+        None, doc="copy the next batch to the GPU on a stream of its own during a step; None: with a GPU"
+    )
+    gc_every: int = setting(
+        0, doc="updates after which all ranks collect Python's garbage together; 0 lets each do so at any time"
+    )
+    compile_blocks: str | None = setting(
+        None, doc="backend of torch.compile (inductor) for each block of the denoiser; None does not compile"
+    )
+    compile_autoencoder: str | None = setting(
+        None, doc="backend of torch.compile for encoder and decoder of the autoencoder; None does not compile"
+    )
     max_bad_fraction: float = setting(0.01, doc="share of unreadable samples above which the run stops")
 
     outputs: str = setting("outputs", doc="folder of all runs")
@@ -97,6 +134,26 @@ class RunConfig:
     tensorboard: bool = setting(True, doc="write tensorboard events beside metrics.jsonl")
     wandb: bool = setting(False, doc="log to Weights & Biases; WANDB_MODE=offline needs no account")
     wandb_project: str = setting("opensora_like", doc="project name there")
+    validation: dict | None = setting(
+        None,
+        doc="losses of held-out clips with fixed noise, paired with the weights of the beginning: `every` (updates), "
+        "`dataset` (keys of `dataset` that differ, as data_path) or `share` (of the table's rows, which training then "
+        "leaves out), `num_clips` (64), `num_bins` (8) of t. None: off",
+    )
+    sample_every: int = setting(0, doc="updates between videos sampled with the weights of the run; 0 samples none")
+    sampling: dict = setting(
+        {},
+        doc="for `sample_every`: `prompts` (a list, or a csv), `height`, `width`, `num_frames`, `num_steps`, "
+        "`guidance`, `seed` and other settings of an inference config",
+    )
+    peak_tflops: float | None = setting(
+        None,
+        doc="TFLOP/s of a process' device at `dtype` (H200, bf16: 989): metrics then have `tflops`, the model's forward "
+        "and backward without recomputation, and `mfu`, its share of the peak",
+    )
+    spike_factor: float = setting(
+        10.0, doc="a grad_norm above this times the median of the last 100 is reported with its samples; 0 reports none"
+    )
     ckpt_every: int = setting(0, doc="updates between checkpoints; 0 saves at the end only")
     keep_n_latest: int = setting(-1, doc="complete checkpoints kept; -1 keeps all")
     keep_every: int = setting(
@@ -111,7 +168,8 @@ class RunConfig:
     load_sharded: bool | None = setting(
         None,
         doc="with `model.from_pretrained`: True lets each rank read its own part of safetensors or of a checkpoint, so "
-        "that no rank has the whole model in host memory; None does so where several ranks share the weights",
+        "that no rank has the whole model in host memory; None does so on several ranks with every booster but ddp, "
+        "unless the file lacks weights that begin with random numbers",
     )
     load_strict: bool = setting(
         True, doc="with `load_weights_only`: False takes the tensors that fit and logs every one that does not"
@@ -145,9 +203,24 @@ class InferenceConfig:
     )
     prompt: str | None = setting(None, doc="one prompt; or give `prompts`")
     prompts: str | None = setting(None, doc="csv with a column `text`, optionally `name`, `neg`, `ref`")
+    start_index: int = setting(0, doc="first row of `prompts` that is made, from 0")
+    end_index: int | None = setting(None, doc="row of `prompts` before which to stop; None makes all that follow")
     negative_prompt: str = setting("", doc="text of the unconditional branch")
-    ref: str | None = setting(None, doc="reference image or video of `cond_type`")
+    refine_prompt: bool = setting(
+        False,
+        doc="let a language model rewrite prompts first: OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL (gpt-4o) of "
+        "the environment name it",
+    )
+    ref: str | None = setting(
+        None, doc="reference image or video of `cond_type`, a file or an http(s) address; several joined by ';'"
+    )
+    max_reference_mb: float = setting(256.0, doc="MB (10**6 bytes) above which a reference is not fetched")
     cond_type: str = setting("t2v", doc="t2v, i2v_head, i2v_tail, i2v_loop, v2v_*")
+    first_image: dict | None = setting(
+        None,
+        doc="`type` in MODELS and its arguments: what draws an image from the prompt of each sample without a "
+        "reference, for `cond_type` i2v_*; None: references are given",
+    )
     resolution: str | None = setting(None, doc="e.g. 256px; with `aspect_ratio`, instead of height and width")
     aspect_ratio: str = setting("16:9", doc="width:height, with `resolution`")
     height: int | None = setting(None, doc="pixels")
@@ -155,24 +228,45 @@ class InferenceConfig:
     num_frames: int = setting(129, doc="pixel frames; 1 makes an image")
     num_steps: int = setting(50, doc="steps of the sampler")
     sampler: Literal["euler", "unipc"] = setting("euler", doc="integrator")
+    time_grid: Literal["even", "diffusers"] = setting(
+        "even",
+        doc="times before the shift: even from 1 to 0, or those of diffusers' scheduler of this sampler, for the "
+        "results of its pipelines",
+    )
     guidance: float = setting(7.5, doc="text guidance scale; 1 is none")
     guidance_img: float = setting(3.0, doc="image guidance scale, for tasks with a reference")
     text_osci: bool = setting(True, doc="use text guidance in the first ten steps and then in every other one")
     image_osci: bool = setting(True, doc="the same for image guidance")
     scale_temporal_osci: bool = setting(True, doc="let image guidance grow along the latent frames")
     distilled_guidance: float = setting(4.0, doc="constant given to models with a guidance embedding")
-    motion_score: float | None = setting(None, doc="appended to the prompt as in training; None appends nothing")
+    motion_score: float | Literal["dynamic"] | None = setting(
+        None,
+        doc="appended to the prompt as in training; 'dynamic' asks the language model of `refine_prompt` for each "
+        "prompt, None appends nothing",
+    )
     fps_in_caption: bool = setting(True, doc="append the frame rate to the prompt as in training")
     fps_save: int = setting(24, doc="frames per second of the files")
     num_sample: int = setting(1, doc="samples per prompt")
     batch_size: int = setting(1, doc="samples made at once")
     seed: int = setting(42, doc="of the noise; sample k of a prompt differs by k")
+    sp_size: int | Literal["all"] = setting(
+        1, doc="processes that share each video, its tokens cut among them; 'all' of them, or a divisor of their number"
+    )
+    sp_mode: Literal["ring", "all_to_all"] = setting(
+        "ring", doc="how they share attention; all_to_all needs heads that `sp_size` divides"
+    )
+    timeout_minutes: float = setting(30.0, doc="after which a process that waits for others in vain is an error")
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", doc="dtype of the weights")
     offload: bool = setting(
         False,
         doc="keep denoiser, autoencoder and encoders in host memory, each on the device only while it is used",
     )
-    save_dir: str = setting("samples", doc="folder of the results")
+    save_dir: str = setting("samples", doc="folder of the results, seen by all processes")
+    overwrite: bool = setting(
+        False,
+        doc="make files again that are there; False keeps them if they were asked for with the same settings, and is "
+        "an error if not",
+    )
     custom_imports: list[str] = setting([], doc="modules to import first, so that their classes register themselves")
 
 
@@ -192,6 +286,7 @@ SECTIONS: dict[str, tuple[Registry, tuple[str, ...]]] = {
     "model": (MODELS, ()),
     "autoencoder": (MODELS, ()),
     "encoders.*": (MODELS, ()),
+    "first_image": (MODELS, ()),
     "scheduler": (SCHEDULERS, ("patch_size",)),
     "dataset": (DATASETS, ("bucket_config", "multiple", "seed")),
     "booster": (BOOSTERS, ("device", "dtype", "grad_clip", "accumulation_steps")),

@@ -61,7 +61,9 @@ def test_there_are_configs() -> None:
     names = {name_of(p) for p in CONFIGS}
     stages = ["image", "stage1", "stage2", "stage1_i2v", "stage2_i2v", "high_compression"]
     train = {f"diffusion/train/{n}.py" for n in stages}
-    sample = {f"diffusion/inference/{n}.py" for n in ["256px", "768px", "high_compression"]}
+    sample = {
+        f"diffusion/inference/{n}.py" for n in ["256px", "768px", "t2i2v_256px", "t2i2v_768px", "high_compression"]
+    }
     assert names >= {"stage1.py"} | train | sample
 
 

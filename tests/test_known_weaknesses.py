@@ -162,6 +162,8 @@ GUARDED: dict[int, tuple[str, ...]] = {
     ),
     30: (
         f"{HERE}::test_a_run_tells_its_speed",
+        "training/test_watching.py::test_tokens_operations_and_their_share_of_the_peak",
+        "training/test_watching.py::test_a_spike_is_reported_with_its_samples",
         "training/test_validation.py::test_what_is_due_is_done_at_its_step",
         "training/test_loop.py::test_a_loss_that_is_not_finite_stops_before_any_harm",
         "training/test_loop.py::test_a_damaged_newest_checkpoint_is_passed_over",
@@ -171,7 +173,6 @@ GUARDED: dict[int, tuple[str, ...]] = {
 REMAINING: dict[int, str] = {
     12: "in training, the ranks of a sequence or tensor group each decode and encode the clips that they share",
     18: "autoencoders are not trained here",
-    30: "no use of the hardware's peak (MFU) among the metrics, and no guard against a finite spike of the gradient",
 }
 
 

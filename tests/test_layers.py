@@ -16,11 +16,11 @@ LEVELS = [
     {"registry", "rng", "runtime", "settings", "config", "config_file", "cli"},
     {"schedulers", "models", "datasets"},
     {"conditioning", "boosters", "checkpoint"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "preparation"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 # rooms of one level are ignorant of each other, but for these: (who imports, what)
-SIDEWAYS = {("checkpoint", "boosters")}
+SIDEWAYS = {("checkpoint", "boosters"), ("preparation", "training")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # key in metrics.jsonl -> heading
 PANELS = {
@@ -22,8 +27,15 @@ MAX_POINTS = 2000  # of a curve; of more, the least and the greatest of each str
 LOG_KEYS = ("loss", "grad_norm")
 LOG_RATIO = 10  # these are drawn on a logarithmic scale if their values span more than this
 # matplotlib wants colours, the page wants to choose them: these stand for css variables until the svg is done
-_INKS = {"#010203": "var(--ink)", "#010204": "var(--grid)", "#010205": "var(--raw)", "#010206": "var(--mean)"}
-_INK, _GRID, _RAW, _MEAN = _INKS
+_INKS = {
+    "#010203": "var(--ink)",
+    "#010204": "var(--grid)",
+    "#010205": "var(--raw)",
+    "#010206": "var(--mean)",
+    "#010207": "var(--soft)",
+    "#010208": "var(--other)",
+}
+INK, GRID, RAW, MEAN, SOFT, OTHER = _INKS
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class Metrics:
     """The rows of a metrics file as columns.
 
     Args:
-        steps: float64 [N], rising; of rows with the same step the last counts.
+        steps: float64 [N], rising; rows with the same step are one, in which the last value of a key counts.
         columns: float64 [N] by key, NaN where a row has no such number.
         is_cut: the file's last line was cut off and is left out.
     """
@@ -76,7 +88,7 @@ def read_metrics(path: str | Path) -> Metrics:
             raise ValueError(
                 f"{str(path)!r} line {number + 1} is not an object with a step: {line[:80]!r}"
             ) from problem
-        rows[step] = row
+        rows.setdefault(step, {}).update(row)  # a step may have a row of training and one of validation
     steps = sorted(rows)
     keys = sorted({key for row in rows.values() for key in row} - {"step"})
     columns = {key: np.array([_number(rows[step].get(key)) for step in steps], dtype=float) for key in keys}
@@ -153,37 +165,53 @@ def _is_log(metrics: Metrics, key: str) -> bool:
 
 def _panel(metrics: Metrics, key: str) -> str:
     import matplotlib as mpl
-    from matplotlib.figure import Figure
 
-    values, wide = metrics.columns[key], key == "loss"
-    style = {
-        "svg.fonttype": "none",  # text stays text and takes the page's font
-        "svg.hashsalt": key,  # ids differ between the panels of a page, and agree between two runs
-        "font.family": "sans-serif",
-        "font.size": 9,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
-        "axes.edgecolor": _GRID,
-        "grid.color": _GRID,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(9, 3.2) if wide else (4.4, 2.2), layout="constrained")
-        axes = figure.subplots()
-        finite = metrics.finite(key)
+    values, finite = metrics.columns[key], metrics.finite(key)
+    width, drawn = mean_width(metrics.num_rows), thin(values, MAX_POINTS)
+
+    def draw(axes: Axes) -> None:
         axes.set_yscale("log" if _is_log(metrics, key) else "linear")
-        width = mean_width(metrics.num_rows)
-        drawn = thin(values, MAX_POINTS)
         dots = "." if finite.size == 1 else ""
         smooth = key != "lr" and width > 1
-        axes.plot(metrics.steps[drawn], values[drawn], dots + "-", color=_RAW if smooth else _MEAN, linewidth=1.0)
+        axes.plot(metrics.steps[drawn], values[drawn], dots + "-", color=RAW if smooth else MEAN, linewidth=1.0)
         if smooth:
-            axes.plot(metrics.steps, running_mean(values, width), color=_MEAN, linewidth=1.8)
+            axes.plot(metrics.steps, running_mean(values, width), color=MEAN, linewidth=1.8)
         if key == "data_wait":
             axes.set_ylim(0, max(1.0, float(finite.max())))
             axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
         elif key not in LOG_KEYS:
             axes.set_ylim(bottom=0)
-        axes.grid(linewidth=0.6)
         axes.set_xlabel("step")
+
+    return themed_svg(draw, name=key, size=(9, 3.2) if key == "loss" else (4.4, 2.2))
+
+
+def themed_svg(draw: Callable[[Axes], None], *, name: str, size: tuple[float, float]) -> str:
+    """One plot as svg that takes colours and font from the page.
+
+    Args:
+        draw: fills the axes, with `INK`, `GRID`, `RAW`, `MEAN`, `SOFT` and `OTHER` for colours.
+        name: of the plot on its page: ids differ between the plots of a page, and agree between two runs.
+        size: inches.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",  # text stays text and takes the page's font
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+        "axes.edgecolor": GRID,
+        "grid.color": GRID,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        axes.grid(linewidth=0.6)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

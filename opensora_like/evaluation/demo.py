@@ -58,7 +58,7 @@ def score_samples(prompts: Path, samples: Path) -> dict[str, list[Scored]]:
                 raise FileNotFoundError(f"no sample of {row['name']!r} in {str(samples)!r}; inference did not finish")
             for repeat, path in files.items():
                 if repeat is not None:
-                    video = to_video(np.asarray(read_frames(str(path), range(probe(str(path)).num_frames))))
+                    video = read_sample(path)
                     scored = Scored(video, truth, score_clip(video))
                     found[row["name"].rsplit("_", 1)[0]].append((repeat, scored))
     return {part: [scored for _, scored in sorted(clips, key=lambda c: c[0])] for part, clips in found.items()}
@@ -72,15 +72,24 @@ def _repeat(stem: str, name: str) -> int | None:
     return int(rest) if rest.isdigit() else None
 
 
-def read_real(table: Path, *, size: int, num: int) -> list[Scored]:
-    """The first `num` training clips, brought to the size the model sees."""
+def read_clips(table: Path, *, size: int, num: int) -> list[tuple[np.ndarray, Combination]]:
+    """The first `num` clips of a table, [C, T, H, W] brought to `size` pixels as training does it, and their truth."""
     found = []
     with table.open(newline="") as file:
         for _, row in zip(range(num), csv.DictReader(file), strict=False):
             frames = read_frames(row["path"], range(int(row["num_frames"])))
-            video = np.asarray(resize_crop(frames, size, size))
-            found.append(Scored(video, combination_of(row["text"]), score_clip(video)))
+            found.append((np.asarray(resize_crop(frames, size, size)), combination_of(row["text"])))
     return found
+
+
+def read_real(table: Path, *, size: int, num: int) -> list[Scored]:
+    """The first `num` training clips, brought to the size the model sees."""
+    return [Scored(video, truth, score_clip(video)) for video, truth in read_clips(table, size=size, num=num)]
+
+
+def read_sample(path: Path) -> np.ndarray:
+    """The pixels of a file that inference wrote, [C, T, H, W] in [-1, 1]."""
+    return to_video(np.asarray(read_frames(str(path), range(probe(str(path)).num_frames))))
 
 
 def score_and_report(folder: Path, *, train_seconds: float, world_size: int) -> dict[str, Any]:

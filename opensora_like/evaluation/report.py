@@ -1,7 +1,7 @@
 """One static html file about a run: scores against targets, clips, training curves, speed, config and versions.
 
-It needs no network and no other file. What it shows is what it was given: nothing is chosen, and what was left
-out, averaged or missing is said where it is shown.
+It needs no network, and no other file but the sample videos of a run, which it links. What it shows is what it was
+given: nothing is chosen, and what was left out, averaged or missing is said where it is shown.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from opensora_like.datasets.resize import to_frames
 from opensora_like.evaluation.curves import Metrics, curves_svg, mean_width, read_metrics, speed_rows
 
 PACKAGES = ("torch", "numpy", "av", "mmengine-lite", "colossalai", "diffusers", "transformers")
@@ -282,7 +283,7 @@ def _frames(video_CTHW: Any) -> np.ndarray:
     chosen = np.linspace(0, video.shape[1] - 1, min(video.shape[1], MAX_FRAMES)).round().astype(int)
     factor = math.ceil(video.shape[2] / MAX_HEIGHT)
     video = np.nan_to_num(video[:, chosen, ::factor, ::factor], nan=-1.0)
-    return np.rint((np.clip(video, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 3, 0)
+    return to_frames(video)
 
 
 def _png(frame_HWC: np.ndarray) -> str:
@@ -314,9 +315,10 @@ _PAGE = """<!doctype html>
 
 _STYLE = """
 :root { --page: #f7f7f5; --card: #ffffff; --ink: #1d2228; --soft: #5b6570; --grid: #d9dde1; --raw: #a9c3e8;
-  --mean: #1f5fb4; --good: #1a7f4b; --bad: #b3261e; --line: #e2e4e7; }
+  --mean: #1f5fb4; --other: #b4601f; --good: #1a7f4b; --bad: #b3261e; --line: #e2e4e7; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e6e8ea; --soft: #a0a8b0;
-  --grid: #363c42; --raw: #3f5f8c; --mean: #8ab6f5; --good: #63c995; --bad: #ff8a80; --line: #2d3338; } }
+  --grid: #363c42; --raw: #3f5f8c; --mean: #8ab6f5; --other: #f0a868; --good: #63c995; --bad: #ff8a80;
+  --line: #2d3338; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -333,7 +335,7 @@ section { padding: 18px 20px; margin-top: 16px; overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--line); font-weight: 400; }
 tr:last-child > * { border-bottom: 0; }
-.scores { width: 100%; }
+.scores { width: 100%; margin-bottom: 14px; }
 .scores tr:first-child th, .facts th { color: var(--soft); font-size: .88rem; }
 .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .bar { position: relative; height: 10px; min-width: 140px; border-radius: 5px; background: var(--line); }
@@ -351,6 +353,15 @@ figure { margin: 0; }
 .strip img { display: block; width: 100%; height: auto; image-rendering: pixelated; outline: 1px solid var(--grid); }
 .read { font-size: .82rem; color: var(--soft); margin-top: 6px; }
 .read span { margin-right: 6px; white-space: nowrap; }
+h3 { font-size: .95rem; font-weight: 500; margin: 14px 0 6px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 8px; font-size: .88rem; color: var(--soft); }
+.key::before { content: ""; display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
+.key.base::before { background: var(--soft); }
+.key.raw::before { background: var(--mean); }
+.key.ema::before { background: var(--other); }
+.videos { display: grid; grid-template-columns: repeat(5, 1fr); gap: 10px; }
+.videos video, .videos img { display: block; width: 100%; outline: 1px solid var(--grid); }
+.videos figcaption { font-size: .82rem; color: var(--soft); }
 .curves { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; }
 .curve.loss { grid-column: 1 / -1; }
 .curve figcaption { font-size: .88rem; color: var(--soft); }

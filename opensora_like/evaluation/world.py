@@ -240,9 +240,3 @@ def clip_generator(seed: int, index: int) -> np.random.Generator:
 def to_video(frames_THWC: np.ndarray) -> np.ndarray:
     """8-bit frames as a model sees them. Returns: float32 [C, T, H, W] in [-1, 1]."""
     return np.ascontiguousarray(frames_THWC.transpose(3, 0, 1, 2), dtype=np.float32) / 127.5 - 1
-
-
-def to_frames(video_CTHW: np.ndarray) -> np.ndarray:
-    """The inverse of `to_video`; values outside [-1, 1] are clipped. Returns: uint8 [T, H, W, C]."""
-    levels = np.rint((np.clip(video_CTHW, -1, 1) + 1) * 127.5)
-    return levels.astype(np.uint8).transpose(1, 2, 3, 0)

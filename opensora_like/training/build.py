@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from opensora_like import runtime as rt
@@ -34,38 +35,54 @@ from opensora_like.registry import BOOSTERS, MODELS, SCHEDULERS, build
 from opensora_like.runtime import Runtime, logger
 from opensora_like.settings import RunConfig
 from opensora_like.training.adapters import add_adapters
+from opensora_like.training.batch_size import with_batch_sizes
+from opensora_like.training.cached import open_cached
+from opensora_like.training.compilation import compile_parts
 from opensora_like.training.data import batches_from, build_balance, build_dataset, grid_of, loss_weights, make_plan_of
+from opensora_like.training.data_checks import check_data
 from opensora_like.training.ema import EMA
+from opensora_like.training.held_out_loss import hold_out
 from opensora_like.training.offload import build_offload
-from opensora_like.training.optim import optimizer_factory
+from opensora_like.training.optim import build_rates, optimizer_factory
 from opensora_like.training.pretrained import build_unfilled, log_peak_memory
 from opensora_like.training.resume import load_state, log_report
 from opensora_like.training.run_folder import open_run_folder
-from opensora_like.training.step import FlowMatchingStep
+from opensora_like.training.spikes import SpikeGuard
+from opensora_like.training.step import FlowMatchingStep, Scheduler
+from opensora_like.training.throughput import build_throughput
 from opensora_like.training.trainer import Run, Schedule
+from opensora_like.training.validation import Observer, Watched, build_watch
 
 
-def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
+def build_run(
+    cfg: RunConfig, runtime: Runtime, *, config_name: str, observe: Callable[[Watched], Observer] | None = None
+) -> Run:
     """Build everything, load what `cfg.load` names, and stand at the first step to make.
 
     Args:
         config_name: path of the config file, for the default name of the run.
+        observe: makes what `validation` and `sample_every` report to.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the checkpoint.
         FileNotFoundError: a table, a file of weights or a checkpoint that is not there.
     """
+    asked, cfg = cfg, with_batch_sizes(cfg, runtime.world_size)
     offload = build_offload(cfg.grad_ckpt_buffer_size, runtime.device)
-    folder, lock = open_run_folder(cfg, runtime, config_name)
+    folder, lock = open_run_folder(asked, runtime, config_name)
     rt.set_up_logging(runtime, folder / "log.txt")
-    unfilled = build_unfilled(cfg, runtime.world_size)
-    model = build_model(cfg) if unfilled is None else unfilled.model
     booster = build_booster(cfg, runtime)
+    unfilled = build_unfilled(cfg, booster, runtime.world_size)
+    model = build_model(cfg) if unfilled is None else unfilled.model
     tensor_group = getattr(booster, "tensor_group", None)
     autoencoder, encoders = build_frozen(cfg, runtime.device, tensor_group=tensor_group)
     dataset = build_dataset(cfg, multiple=autoencoder.spatial_stride * model.patch_size)
+    hold_out(cfg, dataset)
+    sizes = {"dp_size": booster.dp_size, "accumulation": cfg.accumulation_steps}
+    check_data(dataset, autoencoder, **sizes, with_plan=cfg.load is None or cfg.steps is None)
     encode = build_encode(cfg, runtime.device, model, autoencoder, encoders)
     scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=model.patch_size)
+    compile_parts(cfg, model, autoencoder)
     wrapped = booster.prepare(model, optimizer_factory(cfg.optim, device=runtime.device))
     if unfilled is not None:
         unfilled.fill(booster)
@@ -75,24 +92,19 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
     schedule = make_schedule(cfg, dataset, booster)
     balance = build_balance(cfg, dataset, autoencoder, encoders)
     plan_of = make_plan_of(cfg, runtime, dataset, balance)
-    checkpoints = build_checkpoints(cfg, runtime, folder, dataset, booster, ema, balance)
-    state = load_state(cfg, folder, checkpoints, micro_per_step=booster.dp_size * cfg.accumulation_steps)
-    log_summary(cfg, runtime, dataset, model, schedule, state)
+    checkpoints = build_checkpoints(cfg, runtime, folder, dataset, booster, ema, balance, text=config_text(asked))
+    step_fn = build_step(cfg, wrapped, encode, scheduler, around_forward=offload or nullcontext)
+    watched = Watched(cfg, runtime, folder, model, wrapped, autoencoder, encoders, booster, ema)
+    watch = build_watch(watched, observe, step_fn, dataset, build_encode=build_encode)
+    load = partial(load_state, cfg, folder, checkpoints, micro_per_step=booster.dp_size * cfg.accumulation_steps)
+    state = load() if watch is None else watch.around_load(load, base_is_loaded=cfg.load_weights_only)
+    log_summary(cfg, runtime, dataset, model, schedule, state, dp_size=booster.dp_size)
     log_peak_memory(runtime)
     return Run(
         runtime=runtime,
         schedule=schedule,
         booster=booster,
-        step_fn=FlowMatchingStep(
-            wrapped,
-            encode,
-            scheduler,
-            seed=cfg.seed,
-            dtype=rt.DTYPES[cfg.dtype],
-            no_i2v_ref_loss=cfg.no_i2v_ref_loss,
-            dropout=dropout_of(cfg.lora_config) > 0,
-            around_forward=offload or nullcontext,
-        ),
+        step_fn=step_fn,
         batches=batches_from(cfg, runtime, dataset, plan_of, booster, state),
         plan_of=plan_of,
         checkpoints=checkpoints,
@@ -101,7 +113,32 @@ def build_run(cfg: RunConfig, runtime: Runtime, *, config_name: str) -> Run:
         state=state,
         on_batch=BadSampleLog(folder / "bad_samples.jsonl", max_bad_fraction=cfg.max_bad_fraction).record,
         weights_of=loss_weights(cfg, booster, plan_of, tokens_of(dataset.buckets, grid_of(autoencoder, dataset))),
+        throughput=build_throughput(cfg, encoders, grid_of(autoencoder, dataset)),
+        spikes=SpikeGuard(cfg.spike_factor),
         lock=lock,
+        watch=watch,
+        gc_every=cfg.gc_every,
+    )
+
+
+def build_step(
+    cfg: RunConfig,
+    model: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+    encode: Encode,
+    scheduler: Scheduler,
+    *,
+    around_forward: Callable[[], AbstractContextManager[None]],
+) -> FlowMatchingStep:
+    """The step; `model` is the wrapped one."""
+    return FlowMatchingStep(
+        model,
+        encode,
+        scheduler,
+        seed=cfg.seed,
+        dtype=rt.DTYPES[cfg.dtype],
+        no_i2v_ref_loss=cfg.no_i2v_ref_loss,
+        dropout=dropout_of(cfg.lora_config) > 0,
+        around_forward=around_forward,
     )
 
 
@@ -123,11 +160,16 @@ def build_frozen(
 ) -> tuple[Autoencoder, dict[str, TextEncoder]]:
     """Autoencoder and text encoders, frozen, on the device; those with ``tp`` cut over `tensor_group`.
 
+    Where latents and embeddings are cached, `stand_ins` without weights.
+
     Raises:
-        ValueError: an encoder with ``tp`` where the booster has no group for it.
+        ValueError: an encoder with ``tp`` where the booster has no group for it; see also `open_cached`.
     """
-    autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder")
-    encoders = {name: build(c, MODELS, where=f"encoders.{name}") for name, c in cfg.encoders.items()}
+    cached = open_cached(cfg)
+    autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder") if cached is None else cached.autoencoder
+    encoders = dict(cached.encoders) if cached is not None else {}
+    missing = {name: section for name, section in cfg.encoders.items() if name not in encoders}
+    encoders |= {name: build(section, MODELS, where=f"encoders.{name}") for name, section in missing.items()}
     for name, encoder in encoders.items():
         if getattr(encoder, "tp", False):
             if tensor_group is None:
@@ -182,13 +224,15 @@ def build_checkpoints(
     booster: Booster,
     ema: EMA | None,
     balance: Balance | None,
+    *,
+    text: str,
 ) -> CheckpointManager:
     """Where the run's checkpoints go, and what is written beside the tensors."""
     return CheckpointManager(
         folder,
         booster,
         ema=ema.shards if ema else None,
-        config_text=config_text(cfg),
+        config_text=text,
         keep_n_latest=cfg.keep_n_latest,
         keep_every=cfg.keep_every,
         order=order_key(
@@ -208,24 +252,18 @@ def make_schedule(cfg: RunConfig, dataset: ClipDataset, booster: Booster) -> Sch
     """Total steps from `steps`, or from `epochs` where every epoch has the same number of them.
 
     Raises:
-        ValueError: an accumulation below 1, or a cosine schedule whose end cannot be known.
+        ValueError: an accumulation below 1, or rates that cannot be; see `build_rates`.
     """
     if cfg.accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={cfg.accumulation_steps} must be 1 or more")
     total = cfg.steps
     if total is None and has_constant_length(dataset.plan(0)):
         total = cfg.epochs * steps_in_epoch(len(dataset.plan(0)), booster.dp_size * cfg.accumulation_steps)
-    if total is None and cfg.lr_schedule == "cosine":
-        raise ValueError(
-            "lr_schedule='cosine' needs the number of steps, which keep probabilities below 1 and buckets with fewer "
-            "clips than a batch leave open; set --steps"
-        )
     return Schedule(
         total_steps=total,
         epochs=cfg.epochs,
         accumulation_steps=cfg.accumulation_steps,
-        warmup_steps=cfg.warmup_steps,
-        lr_schedule=cfg.lr_schedule,
+        rates=build_rates(cfg, total_steps=total),
         log_every=cfg.log_every,
         ckpt_every=cfg.ckpt_every,
     )
@@ -245,11 +283,18 @@ def make_writers(cfg: RunConfig, runtime: Runtime, folder: Path, step: int) -> l
 
 
 def log_summary(
-    cfg: RunConfig, runtime: Runtime, dataset: ClipDataset, model: Denoiser, schedule: Schedule, state: TrainState
+    cfg: RunConfig,
+    runtime: Runtime,
+    dataset: ClipDataset,
+    model: Denoiser,
+    schedule: Schedule,
+    state: TrainState,
+    *,
+    dp_size: int,
 ) -> None:
     """One line each for data, model and schedule."""
     plan = dataset.plan(state.epoch)
-    micro_per_step = runtime.world_size * cfg.accumulation_steps
+    micro_per_step = dp_size * cfg.accumulation_steps
     logger.info(
         "data rows %d micro_batches %d steps_per_epoch %d workers %d",
         dataset.table.num_rows,

@@ -63,12 +63,15 @@ def cost_model(work: ModelWork, *, encode_flops_per_pixel: float = 0.0, text_flo
 
 
 def derive_cost(
-    model: Mapping[str, Any], autoencoder: Mapping[str, Any], encoders: Mapping[str, TextEncoder], buckets: Buckets
+    model: Mapping[str, Any],
+    autoencoder: Mapping[str, Any] | None,
+    encoders: Mapping[str, TextEncoder],
+    buckets: Buckets,
 ) -> CostModel:
     """The cost model of a run from the operations of its parts, counted without running them.
 
     Args:
-        model, autoencoder: sections of the config. encoders: built.
+        model, autoencoder: sections of the config; None where latents are cached. encoders: built.
 
     Raises:
         ValueError: the model takes a condition of unknown shape.
@@ -80,13 +83,16 @@ def derive_cost(
         raise ValueError(
             f"cost: the work of the model cannot be counted: {problem}; or set cost, {{per_token: 1.0}}"
         ) from problem
-    smallest = min(buckets.shapes, key=lambda s: (s.num_frames == 1, s.num_frames * s.height * s.width))
-    encode = measure_autoencoder(build_on_meta(autoencoder, where="autoencoder"), smallest, smallest)
+    flops_per_pixel = 0.0
+    if autoencoder is not None:
+        smallest = min(buckets.shapes, key=lambda s: (s.num_frames == 1, s.num_frames * s.height * s.width))
+        encode = measure_autoencoder(build_on_meta(autoencoder, where="autoencoder"), smallest, smallest)
+        flops_per_pixel = encode.flops_per_pixel
     text_flops = sum(
         2 * sum(p.numel() for p in encoder.parameters()) * getattr(encoder, "max_length", DEFAULT_TEXT)
         for encoder in encoders.values()
     )
-    return cost_model(work, encode_flops_per_pixel=encode.flops_per_pixel, text_flops=text_flops)
+    return cost_model(work, encode_flops_per_pixel=flops_per_pixel, text_flops=text_flops)
 
 
 def grid_of(model: Denoiser, autoencoder: Autoencoder) -> Grid:

@@ -61,21 +61,20 @@ class FlowMatchingStep:
         times = [rng.generator(self._seed, "t", batch.epoch, row) for row in batch.rows]
         t_B = self.scheduler.draw_t(times, tuple(x0.shape[2:])).to(x0.device)
         noise = draw_noise(x0.shape, self._seed, batch.epoch, batch.rows, device=x0.device)
-        x_t = self.scheduler.add_noise(x0, noise, t_B)
-        conditions = {k: v.to(self._dtype) for k, v in inputs.conditions.items()}
         if self._dropout:  # or what is dropped would depend on where the run was resumed
             torch.manual_seed(rng.seed_of(self._seed, "dropout", batch.epoch, *batch.rows))
         with self._around_forward():
-            prediction = self.model(x_t.to(self._dtype), t_B, conditions)
-            return self._loss(prediction, self.scheduler.target(x0, noise), t_B, inputs)
+            return (self.errors(inputs, noise, t_B) * self.scheduler.weight(t_B)).mean()
 
-    def _loss(self, prediction: Tensor, target: Tensor, t_B: Tensor, inputs: Inputs) -> Tensor:
-        error_BCTHW = (prediction.float() - target).square()
-        weight_B = self.scheduler.weight(t_B)
+    def errors(self, inputs: Inputs, noise: Tensor, t_B: Tensor) -> Tensor:
+        """Mean squared error of each sample's velocity at a given noise and time. Returns: float32 [B]."""
+        x_t = self.scheduler.add_noise(inputs.x0_BCTHW, noise, t_B)
+        conditions = {k: v.to(self._dtype) for k, v in inputs.conditions.items()}
+        prediction = self.model(x_t.to(self._dtype), t_B, conditions)
+        error_BCTHW = (prediction.float() - self.scheduler.target(inputs.x0_BCTHW, noise)).square()
         if inputs.given_BT is None or not self._skip_given:
-            return (error_BCTHW.mean(dim=(1, 2, 3, 4)) * weight_B).mean()
-        per_frame_BT = error_BCTHW.mean(dim=(1, 3, 4)) * reference_loss_mask(inputs.given_BT)
-        return (per_frame_BT.mean(dim=1) * weight_B).mean()
+            return error_BCTHW.mean(dim=(1, 2, 3, 4))
+        return (error_BCTHW.mean(dim=(1, 3, 4)) * reference_loss_mask(inputs.given_BT)).mean(dim=1)
 
 
 def draw_noise(shape: torch.Size, seed: int, epoch: int, rows: list[int], *, device: torch.device) -> Tensor:

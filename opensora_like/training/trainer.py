@@ -17,10 +17,14 @@ from tqdm import tqdm
 from opensora_like.boosters.base import Booster
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.datasets.batch import Batch
-from opensora_like.datasets.plan import EpochPlan, Position, advance
-from opensora_like.runtime import MetricWriter, Runtime, StopSignal, mean_over_ranks
+from opensora_like.datasets.plan import EpochPlan, Position, advance, steps_in_epoch
+from opensora_like.runtime import MetricWriter, Runtime, StopSignal, logger, mean_over_ranks
 from opensora_like.training.ema import EMA
-from opensora_like.training.optim import lr_factor
+from opensora_like.training.garbage import GarbageControl
+from opensora_like.training.optim import Rates
+from opensora_like.training.spikes import SpikeGuard
+from opensora_like.training.throughput import Throughput
+from opensora_like.training.validation import Watch
 
 
 @dataclass
@@ -31,27 +35,20 @@ class Schedule:
         total_steps: updates in all; the loop ends there. None: it ends after `epochs`, whose number of steps
             depends on draws.
         accumulation_steps: micro-batches per rank and update.
-        warmup_steps, lr_schedule: of the learning rate.
+        rates: learning rate and weight decay of each update.
         ckpt_every: 0 saves at the end only.
     """
 
     total_steps: int | None
     epochs: int
     accumulation_steps: int
-    warmup_steps: int
-    lr_schedule: str
+    rates: Rates
     log_every: int
     ckpt_every: int
 
     def is_done(self, state: TrainState) -> bool:
         """Whether the last update was made."""
         return state.epoch >= self.epochs if self.total_steps is None else state.step >= self.total_steps
-
-    def lr_factor(self, step: int) -> float:
-        """What the base learning rate is multiplied with in update number `step`, from 0."""
-        return lr_factor(
-            step, warmup_steps=self.warmup_steps, schedule=self.lr_schedule, total_steps=self.total_steps or 0
-        )
 
 
 @dataclass
@@ -63,6 +60,10 @@ class Run:
         on_batch: hears of every batch before it is used.
         weights_of: first batch of a step -> what the loss of each of this rank's micro-batches is multiplied with.
         lock: an open file that keeps other runs out of the folder; closed at the end.
+        watch: validates and samples; None where nothing does.
+        gc_every: see `GarbageControl`.
+        throughput: what a batch costs.
+        spikes: notices gradient norms that are out of the usual.
     """
 
     runtime: Runtime
@@ -77,7 +78,11 @@ class Run:
     state: TrainState
     on_batch: Callable[[Batch], None]
     weights_of: Callable[[Batch], Sequence[float]]
+    throughput: Throughput
+    spikes: SpikeGuard
     lock: TextIO | None = None
+    watch: Watch | None = None
+    gc_every: int = 0
 
 
 def train(run: Run) -> bool:
@@ -89,11 +94,12 @@ def train(run: Run) -> bool:
         FloatingPointError: a loss or gradient is not finite; weights and checkpoints are those of the step before.
     """
     state, schedule, booster = run.state, run.schedule, run.booster
-    with closing(Meter(run)) as meter, closing(StopSignal()) as stop, run.lock or nullcontext():
+    garbage = GarbageControl(run.gc_every)
+    with closing(garbage), closing(Meter(run)) as meter, closing(StopSignal()) as stop, run.lock or nullcontext():
+        if run.watch is not None:
+            meter.off_the_clock(run.watch.begin)
         while not schedule.is_done(state):
-            for group in booster.param_groups:
-                group["lr"] = group["base_lr"] * schedule.lr_factor(state.step)
-
+            schedule.rates.set_on(booster.param_groups, state.step)
             seen: list[tuple[Batch, Tensor]] = []
             weights = None
             for micro in range(schedule.accumulation_steps):
@@ -108,16 +114,21 @@ def train(run: Run) -> bool:
             if not math.isfinite(grad_norm):  # before anything is averaged, written or saved
                 raise FloatingPointError(describe_non_finite(grad_norm, seen, state.step + 1))
 
+            if (usual := run.spikes.usual(grad_norm)) is not None:
+                logger.warning("%s", describe_spike(grad_norm, usual, seen, state.step + 1))
             _advance(run, first=seen[0][0])
             if run.ema is not None:
                 run.ema.update(state.step)
             meter.after_step(seen, grad_norm)
+            garbage.after_step(state.step)
             run.checkpoints.check()
             stopping = stop.agreed()
             if stopping or schedule.is_done(state) or is_due(state.step, schedule.ckpt_every):
                 run.checkpoints.save(state)
             if stopping:
                 break
+            if run.watch is not None:
+                meter.off_the_clock(run.watch.after_step)
         run.checkpoints.wait()
     return schedule.is_done(state)
 
@@ -138,17 +149,36 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+Seen = tuple[float, list[int], list[str]]  # loss, rows and paths of a micro-batch
+
+
+def of_all_ranks(seen: list[tuple[Batch, Tensor]]) -> list[Seen]:
+    """What every rank saw in a step; all ranks call it."""
+    own = [(loss.item(), batch.rows, batch.paths) for batch, loss in seen]
+    everyone: list[list[Seen]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return [entry for rank in everyone for entry in rank]
+
+
+def describe(found: list[Seen]) -> str:
+    return "; ".join(f"loss {loss} of rows {rows} {paths}" for loss, rows, paths in found)
+
+
 def describe_non_finite(grad_norm: float, seen: list[tuple[Batch, Tensor]], step: int) -> str:
     """Which samples to look at, gathered from all ranks, when a gradient norm is not finite."""
-    own = [(loss.item(), batch.rows, batch.paths) for batch, loss in seen]
-    everyone: list[list | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    found = [entry for rank in everyone for entry in rank]
+    found = of_all_ranks(seen)
     guilty = [entry for entry in found if not math.isfinite(entry[0])] or found
-    lines = "; ".join(f"loss {loss} of rows {rows} {paths}" for loss, rows, paths in guilty)
     return (
         f"grad_norm is {grad_norm} at step {step}; weights and checkpoints are those of step {step - 1}. "
-        f"samples: {lines}. lower optim.lr, or look at these files, and resume with --load latest"
+        f"samples: {describe(guilty)}. lower optim.lr, or look at these files, and resume with --load latest"
+    )
+
+
+def describe_spike(grad_norm: float, usual: float, seen: list[tuple[Batch, Tensor]], step: int) -> str:
+    """Which samples to look at when a gradient norm is finite and far above the usual one."""
+    return (
+        f"grad_norm {grad_norm:.3g} at step {step} is {grad_norm / usual:.1f} times the usual {usual:.3g}; samples: "
+        f"{describe(of_all_ranks(seen))}. look at these files; dataset.quarantine leaves rows out"
     )
 
 
@@ -159,6 +189,7 @@ class Meter:
         self._run = run
         self._started = time.perf_counter()
         self._waited = 0.0
+        self._tokens = self._flops = 0.0
         self._steps, self._samples = 0, run.state.samples
         self._bar = tqdm(
             total=run.schedule.total_steps,
@@ -168,6 +199,16 @@ class Meter:
             dynamic_ncols=True,
             mininterval=1.0,
         )
+        self._show_epoch()
+
+    def _show_epoch(self) -> None:
+        """Where the steps of the whole run are not known, the bar ends with the epoch, whose steps are."""
+        run, state = self._run, self._run.state
+        if run.schedule.total_steps is None and run.runtime.is_main and not run.schedule.is_done(state):
+            micro_per_step = run.booster.dp_size * run.schedule.accumulation_steps
+            left = steps_in_epoch(len(run.plan_of(state.epoch)), micro_per_step, state.micro_batch)
+            self._bar.total = state.step + left
+            self._bar.set_description(f"epoch {state.epoch}", refresh=False)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         began = time.perf_counter()
@@ -179,10 +220,16 @@ class Meter:
         """Count the step; at every `log_every` of them write a row."""
         run = self._run
         self._steps += 1
+        for batch, _ in seen:
+            tokens, flops = run.throughput.of(batch)
+            self._tokens, self._flops = self._tokens + tokens, self._flops + flops
         self._bar.update()
+        self._show_epoch()
         if not is_due(run.state.step, run.schedule.log_every):
             return
-        loss = mean_over_ranks(torch.stack([loss for _, loss in seen]).mean().float()).item()
+        loss = torch.stack([loss for _, loss in seen]).mean().double()
+        means = mean_over_ranks(torch.stack([loss, loss.new_tensor(self._tokens), loss.new_tensor(self._flops)]))
+        loss, tokens, flops = means.tolist()
         now = time.perf_counter()
         seconds = now - self._started
         values = {
@@ -195,6 +242,8 @@ class Meter:
             "step_seconds": seconds / self._steps,
             "data_wait": self._waited / seconds,
         }
+        sizes = {"dp_size": run.booster.dp_size, "world_size": run.runtime.world_size}
+        values |= run.throughput.metrics(tokens, flops, seconds=seconds, **sizes)
         if run.runtime.device.type == "cuda":
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for writer in run.writers:
@@ -205,6 +254,13 @@ class Meter:
             refresh=False,
         )
         self._started, self._waited, self._samples, self._steps = now, 0.0, run.state.samples, 0
+        self._tokens = self._flops = 0.0
+
+    def off_the_clock(self, look: Callable[..., None]) -> None:
+        """Let the watch look at the step that was made, without counting its time as the loop's."""
+        began, run = time.perf_counter(), self._run
+        look(run.state.step, run.writers, is_last=run.schedule.is_done(run.state))
+        self._started += time.perf_counter() - began
 
     def close(self) -> None:
         self._bar.close()

@@ -20,10 +20,11 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     if command.is_done:
         return lambda: 0
     runtime = rt.start(timeout_minutes=command.config.timeout_minutes)
-    from opensora_like.training.build import build_run  # here: it imports all that --dump does without
+    from opensora_like.evaluation.observe import RunObserver  # here: it imports all that --dump does without
+    from opensora_like.training.build import build_run
     from opensora_like.training.trainer import train
 
-    run = build_run(command.config, runtime, config_name=command.config_name)
+    run = build_run(command.config, runtime, config_name=command.config_name, observe=RunObserver)
 
     def work() -> int:
         finished = train(run)

@@ -12,7 +12,9 @@ import torch
 
 from opensora_like.checkpoint import layout
 from opensora_like.datasets.batch import Batch
-from opensora_like.training.optim import lr_factor
+from opensora_like.datasets.plan import steps_in_epoch
+from opensora_like.training.optim import Rates
+from opensora_like.training.trainer import Meter
 from tests.training.harness import Killed, assert_same, build_toy, metrics_of, train_toy
 
 STEPS = 17  # an epoch of the toy data has 14 to 18 micro-batches
@@ -178,12 +180,31 @@ def test_accumulation_and_epochs(tmp_path: Path) -> None:
     assert state["samples"] == two.state.samples
 
 
+def test_the_bar_ends_where_the_epoch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs differ in length, so a run of two shows the steps of the one it is in, also after a resume in it."""
+    shown: list[tuple[int, int]] = []
+    inner = Meter.after_step
+
+    def after_step(meter: Meter, *seen) -> None:
+        inner(meter, *seen)
+        shown.append((meter._run.state.epoch, meter._bar.total))
+
+    monkeypatch.setattr(Meter, "after_step", after_step)
+    run = build_toy(tmp_path, "--epochs", "2", "--ckpt-every", "1")
+    first, second = (steps_in_epoch(len(run.plan_of(epoch)), 1) for epoch in (0, 1))
+    run.lock.close()
+    train_toy(tmp_path, "--epochs", "2", "--ckpt-every", "1", kill_before=5)
+    train_toy(tmp_path, "--epochs", "2", "--ckpt-every", "1", "--load", "latest")
+    both = first + second
+    assert first != second and shown == [(0, first)] * (first - 1) + [(1, both)] * second + [(2, both)]
+
+
 def test_learning_rate_is_a_function_of_the_step(tmp_path: Path) -> None:
     """Linear warm-up to 1, then constant or a cosine to 0; it reaches the optimizer, also another after a resume."""
-    factors = [lr_factor(s, warmup_steps=4, schedule="cosine", total_steps=20) for s in range(21)]
+    factors = [Rates(lr=0.5, schedule="cosine", warmup_steps=4, decay_steps=20).lr_factor(s) for s in range(21)]
     assert factors[:4] == [0.2, 0.4, 0.6, 0.8] and factors[4] == 1.0 and factors[20] == pytest.approx(0, abs=1e-12)
     assert all(a > b for a, b in itertools.pairwise(factors[4:]))
-    assert lr_factor(10**6, warmup_steps=4, schedule="constant", total_steps=0) == 1.0
+    assert Rates(lr=0.5, warmup_steps=4).lr_factor(10**6) == 1.0
     train_toy(tmp_path, "--steps", "5", "--lr", "0.5")
     assert metrics_of(tmp_path / "toy", "lr")[-1] == (0.5,)
     train_toy(tmp_path, "--steps", "6", "--lr", "0.25", "--load", "latest")

@@ -12,7 +12,8 @@ from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.pieces import PieceReader
 from opensora_like.checkpoint.weights import read_weights
 from opensora_like.config import read_config
-from opensora_like.evaluation.generate import VideoGenerator, read_prompts
+from opensora_like.evaluation.generate import VideoGenerator
+from opensora_like.evaluation.prompts import read_prompts
 from opensora_like.models.lora import adapters_of, add_lora, file_name, merge_lora, own_name
 from opensora_like.settings import InferenceConfig
 from opensora_like.training.build import build_model

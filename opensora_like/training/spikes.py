@@ -1,0 +1,32 @@
+"""Notices gradient norms far above those before, which clipping hides and which often come from a broken clip."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+
+WINDOW = 100  # updates that say what is usual
+LEAST = 20  # updates before anything is judged
+
+
+class SpikeGuard:
+    """Compares each gradient norm with the median of those before.
+
+    Args:
+        factor: times the median from which on a norm is a spike; 0 never.
+
+    Raises:
+        ValueError: a factor between 0 and 1, or a negative one.
+    """
+
+    def __init__(self, factor: float) -> None:
+        if factor and factor <= 1:
+            raise ValueError(f"spike_factor={factor} must be above 1, or 0 to report no spikes")
+        self._factor = factor
+        self._norms: deque[float] = deque(maxlen=WINDOW)
+
+    def usual(self, grad_norm: float) -> float | None:
+        """The usual norm where `grad_norm`, the same on all ranks, is a spike; else None."""
+        usual = statistics.median(self._norms) if len(self._norms) >= LEAST else None
+        self._norms.append(grad_norm)
+        return usual if usual is not None and self._factor and grad_norm > self._factor * usual else None
