@@ -12,6 +12,7 @@ from torch import Tensor
 from opensora_like import rng
 from opensora_like.conditioning import wan_i2v
 from opensora_like.conditioning.masks import check_condition_config, draw_tasks, visual_condition
+from opensora_like.conditioning.sharing import Sharing
 from opensora_like.datasets.batch import Batch
 from opensora_like.models.autoencoders.posterior import draw_latents
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
@@ -44,6 +45,7 @@ class Encode:
         condition_config: task -> relative frequency; None is t2v only.
         guidance: constant for models with a guidance embedding.
         sample_posterior: draw latents from the autoencoder's posterior instead of taking its mean.
+        sharing: the ranks with which the samples of each batch are dealt for encoding; None encodes them all.
 
     Raises:
         ValueError: the model needs a condition that nothing makes, or a setting names a condition it does not take.
@@ -61,7 +63,9 @@ class Encode:
         condition_config: Mapping[str, float] | None,
         guidance: float,
         sample_posterior: bool,
+        sharing: Sharing | None = None,
     ) -> None:
+        self._sharing = sharing
         self.autoencoder, self.encoders = autoencoder, dict(encoders)
         self._seed, self._device, self._guidance = seed, device, guidance
         self._dropout, self._sample_posterior = dict(dropout_ratio), sample_posterior
@@ -116,14 +120,21 @@ class Encode:
             std = batch.latents_std_BCTHW
             return draw_latents(mean, None if std is None else std.to(self._device, non_blocking=True), generator), None
         video = batch.video_BCTHW.to(self._device, non_blocking=True)
-        return self.autoencoder.encode(video, generator).float(), video
+        if self._sharing is None:
+            return self.autoencoder.encode(video, generator).float(), video
+        posterior = self.autoencoder.posterior(video[self._sharing.own(len(batch))])
+        whole = [None if part is None else self._sharing.joined(part, len(batch)) for part in posterior]
+        return draw_latents(*whole, generator), video
 
     def _text(self, name: str, batch: Batch) -> Tensor:
         """Embeddings of the captions, the dropped ones replaced by the embedding of the empty caption."""
         if name in batch.embeddings:
             embeddings = batch.embeddings[name].to(self._device, non_blocking=True)
-        else:
+        elif self._sharing is None or getattr(self.encoders[name], "tp", False):  # all of its ranks have to call
             embeddings = self.encoders[name].encode(batch.text)
+        else:
+            own = self.encoders[name].encode([batch.text[i] for i in self._sharing.own(len(batch))])
+            embeddings = self._sharing.joined(own, len(batch))
         ratio = self._dropout.get(name, 0.0)
         if not ratio:
             return embeddings

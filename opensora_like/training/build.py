@@ -19,6 +19,7 @@ from opensora_like.boosters.text_encoder_parallel import cut_t5
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.weights import load_pretrained
 from opensora_like.conditioning.encode import Encode
+from opensora_like.conditioning.sharing import Sharing, build_sharing
 from opensora_like.config import config_text, to_dict
 from opensora_like.datasets.balance import Balance
 from opensora_like.datasets.base import ClipDataset
@@ -80,7 +81,8 @@ def build_run(
     hold_out(cfg, dataset)
     sizes = {"dp_size": booster.dp_size, "accumulation": cfg.accumulation_steps}
     check_data(dataset, autoencoder, **sizes, with_plan=cfg.load is None or cfg.steps is None)
-    encode = build_encode(cfg, runtime.device, model, autoencoder, encoders)
+    sharing = build_sharing(booster.dp_rank, dp_size=booster.dp_size)
+    encode = build_encode(cfg, runtime.device, model, autoencoder, encoders, sharing=sharing)
     scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=model.patch_size)
     compile_parts(cfg, model, autoencoder)
     wrapped = booster.prepare(model, optimizer_factory(cfg.optim, device=runtime.device))
@@ -201,6 +203,8 @@ def build_encode(
     model: Denoiser,
     autoencoder: Autoencoder,
     encoders: Mapping[str, TextEncoder],
+    *,
+    sharing: Sharing | None = None,
 ) -> Encode:
     """What turns batches into the model's inputs."""
     return Encode(
@@ -213,6 +217,7 @@ def build_encode(
         condition_config=cfg.condition_config,
         guidance=cfg.guidance,
         sample_posterior=cfg.sample_posterior,
+        sharing=sharing,
     )
 
 
