@@ -98,10 +98,10 @@ GUARDED: dict[int, tuple[str, ...]] = {
         "training/test_speed_switches.py::test_a_compiled_autoencoder_is_really_compiled",
     ),
     12: (
+        "conditioning/test_sharing.py::test_every_rank_has_all_and_encodes_its_part",
         "boosters/test_text_encoder_parallel.py::test_cut_equals_whole",
         "evaluation/test_processes.py::test_a_shared_video_is_that_of_one_process",
     ),
-    12: ("conditioning/test_sharing.py::test_every_rank_has_all_and_encodes_its_part",),
     13: (
         "datasets/test_video_io.py::test_a_window_is_decoded_from_its_keyframe",
         "datasets/test_loader_memory.py::test_a_long_clip_costs_the_window",
