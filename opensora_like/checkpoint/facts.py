@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +19,6 @@ from opensora_like.datasets.plan import what_changed
 FORMAT_VERSION = 2
 CONFIG_FILE = "config.py"
 CHECKSUMS_FILE = "checksums.json"
-READERS = 4  # files that a rank checks at once
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -47,18 +45,39 @@ def check_file(path: Path, *, size: int, xxh3_64: str) -> str:
     return "" if found == xxh3_64 else f"{str(path)!r} has checksum {found}, {xxh3_64} was written: it has changed"
 
 
-def damage(folder: Path, rank: int, world_size: int) -> list[str]:
-    """What is wrong with every `world_size`-th file of a checkpoint, from the `rank`-th on."""
+def damage(
+    folder: Path, rank: int, world_size: int, *, on_file: Callable[[str], None] = lambda file: None
+) -> list[str]:
+    """What is wrong with this rank's share of the files of a checkpoint.
+
+    With the number of ranks that wrote it each rank has its own files, in the order in which a load asks for them.
+
+    Args:
+        on_file: told the name of each file that has been compared.
+    """
+    problems = []
     try:
         sums = json.loads((folder / CHECKSUMS_FILE).read_text())
-        mine = sorted(sums)[rank::world_size]
-        with ThreadPoolExecutor(READERS, "reader") as pool:
-            found = list(pool.map(lambda file: check_file(folder / file, **sums[file]), mine))
-        return [problem for problem in found if problem]
+        for file in sorted(sums, key=_when_loaded):
+            if _writer_of(file) % world_size == rank:
+                problems.append(check_file(folder / file, **sums[file]))
+                on_file(file)
     except OSError as problem:
-        return [str(problem)]
+        problems.append(str(problem))
     except (ValueError, TypeError) as problem:  # no JSON, or not as it was written
-        return [f"{str(folder / CHECKSUMS_FILE)!r} has changed: {problem}"]
+        problems.append(f"{str(folder / CHECKSUMS_FILE)!r} has changed: {problem}")
+    return [problem for problem in problems if problem]
+
+
+def _when_loaded(file: str) -> tuple[int, str]:
+    kind = file.split(".")[0]
+    return {"pieces": 0, "master": 1, "ema": 3}.get(kind, 2), file
+
+
+def _writer_of(file: str) -> int:
+    """The rank in the name of a file of tensors; rank 0 has the others."""
+    rank = file.split(".")[1].removeprefix("rank")
+    return int(rank) if rank.isdigit() else 0
 
 
 def check_order(facts: Mapping[str, Any], order: Mapping[str, Any], folder: Path) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Condition
 from typing import Any, TypeVar
 
 import torch
@@ -260,11 +261,11 @@ class CheckpointManager:
             Damaged: files are missing, cut short or changed; what was read until then is worth nothing.
             ValueError: the checkpoint belongs to another model, optimizer or format.
         """
-        with self.verified(folder):
+        with self.verified(folder) as wait:
             facts = read_state(folder)
             if check is not None:
                 check(facts)
-            reader = PieceReader(folder)
+            reader = PieceReader(folder, before_open=wait)
             ranges = self.booster.ranges()
             self._check_names(reader, folder)
             with torch.no_grad():
@@ -281,26 +282,49 @@ class CheckpointManager:
         return TrainState(**{f.name: facts[f.name] for f in dataclasses.fields(TrainState)})
 
     @contextmanager
-    def verified(self, folder: Path) -> Iterator[None]:
+    def verified(self, folder: Path) -> Iterator[Callable[[str], None]]:
         """Compare size and checksum of every file with what was written, while the body reads them.
 
-        The ranks share the work. Both need the same bytes from the disk, which reads them once.
+        The ranks share the work. The body is given a function that waits until a file has been compared, where this
+        rank does that: the file is then in memory, and is not read from the disk twice.
 
         Raises:
             Damaged: on every rank, naming each file that is gone, cut short or changed, whatever the body met.
         """
         if folder in self._intact:
-            yield
+            yield lambda file: None
             return
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        with ThreadPoolExecutor(1, "verify") as thread:
-            checking = thread.submit(lambda: self._gather(damage(folder, rank, world_size)))
+        compared, over = set(), Condition()
+
+        def tell(file: str | None) -> None:
+            with over:
+                compared.add(file)
+                over.notify_all()
+
+        def compare() -> list[list[str]]:
             try:
-                yield
+                found = damage(folder, rank, world_size, on_file=tell)
+            finally:
+                tell(None)  # nothing more will come
+            return self._gather(found)
+
+        def wait(file: str) -> None:
+            with over:
+                over.wait_for(lambda: file in compared or None in compared)
+
+        with ThreadPoolExecutor(1, "verify") as thread:
+            checking = thread.submit(compare)
+            try:
+                yield wait if world_size == 1 or self._wrote_as_many(folder) else lambda file: None
             finally:
                 if problems := [p for found in checking.result() for p in found]:
                     raise Damaged(f"{'; '.join(problems)}; take an earlier checkpoint, or a copy of this one")
         self._intact.add(folder)
+
+    def _wrote_as_many(self, folder: Path) -> bool:
+        """Whether as many ranks wrote a checkpoint as there are, so that each reads what it compares."""
+        return len(list(folder.glob("pieces.rank*.json"))) == dist.get_world_size()
 
     def newest_intact(self, load: Callable[[Path], Loaded]) -> Loaded:
         """What `load` makes of the newest complete checkpoint of the run; damaged ones are reported and passed over.

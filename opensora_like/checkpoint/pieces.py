@@ -85,10 +85,14 @@ def write_pieces(
 
 
 class PieceReader:
-    """Reads whole tensors or ranges out of the pieces of all ranks, touching only the bytes asked for."""
+    """Reads whole tensors or ranges out of the pieces of all ranks, touching only the bytes asked for.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        before_open: told the name of each file of tensors before it is opened; may wait.
+    """
+
+    def __init__(self, folder: Path, *, before_open: Callable[[str], None] = lambda file: None) -> None:
+        self.folder, self._before_open = folder, before_open
         self._pieces: dict[tuple[str, str], list[_Stored]] = {}
         self._shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         tables = sorted(folder.glob("pieces.rank*.json"))
@@ -170,6 +174,7 @@ class PieceReader:
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._open:
+            self._before_open(name)
             self._open[name] = TensorFile(self.folder / name)
         return self._open[name]
 
