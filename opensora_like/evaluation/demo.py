@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,11 +73,14 @@ def _repeat(stem: str, name: str) -> int | None:
     return int(rest) if rest.isdigit() else None
 
 
-def read_clips(table: Path, *, size: int, num: int) -> list[tuple[np.ndarray, Combination]]:
-    """The first `num` clips of a table, [C, T, H, W] brought to `size` pixels as training does it, and their truth."""
+def read_clips(table: Path, *, size: int, num: int | None = None) -> list[tuple[np.ndarray, Combination]]:
+    """The first `num` clips of a table, or all, brought to `size` pixels as training does it, and their truth.
+
+    Returns: float32 [C, T, H, W] in [-1, 1], and the combination.
+    """
     found = []
     with table.open(newline="") as file:
-        for _, row in zip(range(num), csv.DictReader(file), strict=False):
+        for row in islice(csv.DictReader(file), num):
             frames = read_frames(row["path"], range(int(row["num_frames"])))
             found.append((np.asarray(resize_crop(frames, size, size)), combination_of(row["text"])))
     return found

@@ -75,8 +75,12 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 @torch.no_grad()
-def encode_clips(config: str, arguments: Sequence[str], table: Path, *, num: int) -> Latents:
-    """The latents of the first `num` clips of a table, of the autoencoder and the size of an inference config."""
+def encode_clips(config: str, arguments: Sequence[str], table: Path, *, num: int | None = None) -> Latents:
+    """The latents of the first `num` clips of a table, or of all.
+
+    Args:
+        config, arguments: of sampling: the autoencoder, and the height to which clips are brought.
+    """
     cfg = _read(config, arguments)
     autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder")
     clips = read_clips(table, size=cfg.height, num=num)
@@ -120,7 +124,7 @@ class ReadOut:
         steps: of 256 clips each.
     """
 
-    def __init__(self, clips: Latents, *, steps: int = 3000, seed: int = 0) -> None:
+    def __init__(self, clips: Latents, *, steps: int = 1000, seed: int = 0) -> None:
         self._names = {a: sorted({getattr(truth, a) for truth in clips.truths}) for a in ASPECTS}
         self._mean, self._std = clips.z_BCTHW.mean(0), clips.z_BCTHW.std()
         labels = {
@@ -167,3 +171,23 @@ def nearness(found: Tensor, fresh: Tensor, known: Tensor) -> float:
     flat = known.flatten(1)
     distances = [torch.cdist(z.flatten(1), flat).amin(1).median().item() for z in (fresh, found)]
     return distances[0] / max(distances[1], 1e-12)
+
+
+def read_samples(config: str, arguments: Sequence[str], *, clips: Path, fresh: Path) -> dict[str, dict[str, float]]:
+    """Sample every combination, and read what comes out as latents.
+
+    Args:
+        config, arguments: of sampling, without prompts.
+        clips: folder of the training clips, as tools/make_shapes.py and tools/meta.py fill it.
+        fresh: table of other clips.
+
+    Returns: "fresh" (clips), "seen" and "held_out" (samples): shares as `shapes.accuracy`, and `nearness`.
+    """
+    known, real = (encode_clips(config, arguments, table) for table in (clips / "meta.csv", fresh))
+    read_out, found = ReadOut(known), {"fresh": real}
+    for name in ("seen", "held_out"):
+        found[name] = sample_latents(config, [*arguments, "--prompts", f"{clips}/{name}.csv"])
+    return {
+        name: read_out.scores(latents) | {"nearness": nearness(latents.z_BCTHW, real.z_BCTHW, known.z_BCTHW)}
+        for name, latents in found.items()
+    }

@@ -1,7 +1,7 @@
 """Text-to-video on the shapes world with a small Wan denoiser, from cached latents. tools/prove.py wan runs it.
 
 python tools/cache_latents.py configs/diffusion/train/demo_wan.py --out outputs/demo_wan/cache \
-    --dataset "dict(type='video_text', data_path='outputs/demo/clips/meta.csv', fps_in_caption=False)"
+    --dataset "{'type': 'video_text', 'data_path': 'outputs/demo/clips/meta.csv', 'fps_in_caption': False}"
 torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/demo_wan.py
 Hardware: two CPU cores; float32, because there it is faster than bfloat16.
 """
@@ -31,7 +31,7 @@ optim = dict(type="AdamW", lr=2e-3, weight_decay=0.0)
 global_batch_size = 16
 local_batch_size = 8
 steps = 4000
-warmup_steps = 100
+warmup_steps = 0.025
 lr_schedule = "cosine"
 grad_clip = 1.0
 ema_decay = 0.99

@@ -1,0 +1,22 @@
+"""Text-to-video on the shapes world in the latents of a random HunyuanVideo autoencoder. tools/prove.py latents runs it.
+
+torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/demo_latents.py
+Hardware: two CPU cores; float32, because there it is faster than bfloat16.
+"""
+
+_base_ = ["../../_base_/run.py", "../../_base_/shapes_latents_model.py"]
+
+dataset = dict(type="video_text", data_path="outputs/demo_latents/clips/meta.csv", fps_in_caption=False)
+bucket_config = {"32px_ar1:1": {5: (1.0, 8)}}
+sample_posterior = False  # the deviations of random weights mean nothing
+booster = dict(type="colossalai", plugin="zero2")
+dtype = "fp32"
+optim = dict(type="AdamW", lr=2e-3, weight_decay=0.0)
+steps = 4000
+warmup_steps = 0.025
+lr_schedule = "cosine"
+grad_clip = 1.0
+ema_decay = 0.99
+dropout_ratio = dict(text=0.1, pooled=0.1)
+num_workers = 1
+exp_name = "demo_latents"
