@@ -148,8 +148,8 @@ class RunConfig:
     )
     peak_tflops: float | None = setting(
         None,
-        doc="TFLOP/s of a process' device at `dtype` (H200, bf16: 989): metrics then have `tflops`, the model's forward "
-        "and backward without recomputation, and `mfu`, its share of the peak",
+        doc="TFLOP/s of a process' device at `dtype` (H200, bf16: 989): metrics then have `tflops`, the model's "
+        "forward and backward without recomputation, and `mfu`, its share of the peak",
     )
     spike_factor: float = setting(
         10.0, doc="a grad_norm above this times the median of the last 100 is reported with its samples; 0 reports none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from opensora_like.evaluation.proof_latents import Latents, ReadOut, nearness, prepare_autoencoder
+from opensora_like.evaluation.proof_latents import Latents, ReadOut, nearness
 from opensora_like.evaluation.shapes import ASPECTS
 from opensora_like.evaluation.world import all_combinations
 

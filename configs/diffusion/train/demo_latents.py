@@ -1,4 +1,4 @@
-"""Text-to-video on the shapes world in the latents of a random HunyuanVideo autoencoder. tools/prove.py latents runs it.
+"""Text-to-video on the shapes world in the latents of a random HunyuanVideo autoencoder; see tools/prove.py latents.
 
 torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/demo_latents.py
 Hardware: two CPU cores; float32, because there it is faster than bfloat16.
