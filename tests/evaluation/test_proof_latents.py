@@ -8,8 +8,6 @@ from opensora_like.evaluation.proof_latents import Latents, ReadOut, nearness
 from opensora_like.evaluation.shapes import ASPECTS
 from opensora_like.evaluation.world import all_combinations
 
-CONFIG = "configs/diffusion/inference/demo_latents.py"
-
 
 def latents(seed: int, num: int = 480) -> Latents:
     """One channel per name, on where it is the truth, under noise."""

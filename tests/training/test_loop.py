@@ -132,6 +132,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_harm(tmp_path: Path) -> None
 
 def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
     """A signal ends the run after the step in hand, with a checkpoint from which the same run goes on."""
+    handler = signal.getsignal(signal.SIGTERM)
     run = build_toy(tmp_path, "--steps", "9")
     steps = itertools.count()
     run.on_batch = lambda batch: signal.raise_signal(signal.SIGTERM) if next(steps) == 3 else None
@@ -140,7 +141,7 @@ def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
     assert train(run) is False
     assert run.state.step == 4
     assert [layout.step_of(f) for f in layout.complete_checkpoints(tmp_path / "toy")] == [4]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
     again = train_toy(tmp_path, "--steps", "9", "--load", "latest")
     assert_same(again, train_toy(tmp_path / "whole", "--steps", "9"))
 

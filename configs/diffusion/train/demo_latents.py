@@ -1,7 +1,8 @@
 """Text-to-video on the shapes world in the latents of a random HunyuanVideo autoencoder; see tools/prove.py latents.
 
 torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/demo_latents.py
-Hardware: two CPU cores; float32, because there it is faster than bfloat16.
+Hardware: two CPU cores; float32, faster there than bfloat16. On shared cores 0.19 to 0.27 s/step, loss 0.22
+at the end; read off latents: colour 100 %, shape 74 %, direction 99 % of 160 samples.
 """
 
 _base_ = ["../../_base_/run.py", "../../_base_/shapes_latents_model.py"]

@@ -3,7 +3,8 @@
 python tools/cache_latents.py configs/diffusion/train/demo_wan.py --out outputs/demo_wan/cache \
     --dataset "{'type': 'video_text', 'data_path': 'outputs/demo/clips/meta.csv', 'fps_in_caption': False}"
 torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/demo_wan.py
-Hardware: two CPU cores; float32, because there it is faster than bfloat16.
+Hardware: two CPU cores; float32, because there it is faster than bfloat16. On shared cores 0.25 s/step, loss 0.043 at
+the end; colour 100 %, shape 88 % of 160 samples, but direction 8 %: motion is NOT learned yet, see docs/proofs.md.
 """
 
 _base_ = ["../../_base_/run.py"]
