@@ -117,7 +117,18 @@ def measure(folder: Path, parameters: float, repeats: int, *, is_async: bool) ->
     before = peak_mib(reset=True)
     found = {name: statistics.median(v) for name, v in measure_saves(manager, repeats, is_async=is_async).items()}
     found["memory_mib"] = peak_mib() - before
-    loads = []
+    loads, spreads = [], []
+    refresh = manager.booster.refresh
+
+    def timed_refresh() -> None:
+        """What comes after reading: every rank needs the weights that the others own."""
+        dist.barrier()
+        began = time.perf_counter()
+        refresh()
+        dist.barrier()
+        spreads.append(time.perf_counter() - began)
+
+    manager.booster.refresh = timed_refresh
     checkpoint = layout.complete_checkpoints(folder / "run")[-1]
     found["own_mib"] = sum(f.stat().st_size for f in checkpoint.glob(f"*.rank{dist.get_rank():05d}.*")) / MIB
     for _ in range(repeats):
@@ -129,7 +140,8 @@ def measure(folder: Path, parameters: float, repeats: int, *, is_async: bool) ->
         manager.load(checkpoint)
         dist.barrier()
         loads.append(time.perf_counter() - began)
-    return found | {"load": statistics.median(loads)}
+    reads = [load - spread for load, spread in zip(loads, spreads, strict=True)]
+    return found | {"read": statistics.median(reads), "spread": statistics.median(spreads)}
 
 
 def dd_seconds(folder: Path, mib: int, processes: int, *, write: bool) -> float:
@@ -194,7 +206,8 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         slower, alone = background["during"] / background["step"], 1000 * background["step"]
         print(f"async: steps take {slower:.2f} x as long while a save is written ({alone:.0f} ms alone)")
         print(f"dd:    writes {total / writes:.0f} MiB/s, so sync has {writes / sync['write']:.0%} of it")
-        print(f"load:  {total / sync['load']:.0f} MiB/s with checksums; dd reads {total / reads:.0f} MiB/s")
+        rate = f"{total / sync['read']:.0f} MiB/s with checksums, {reads / sync['read']:.0%} of dd"
+        print(f"load:  {rate} ({total / reads:.0f} MiB/s); then {sync['spread']:.2f} s until all have all weights")
         for name, found in (("sync", sync), ("async", background)):
             more = found["memory_mib"]
             print(f"memory of {name}: {more:.0f} MiB more, {more / mib:.2f} x what a rank saves")

@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/demo_i2v.py \
     --model.from_pretrained outputs/demo/train
-Hardware and s/step: those of demo.py.
+Hardware and s/step: those of demo.py. Direction 98 %, colour 100 % of 96 new clips.
 """
 
 _base_ = ["demo.py"]
