@@ -2,7 +2,8 @@
 
 torchrun --nproc_per_node 2 scripts/diffusion/train.py configs/diffusion/train/demo_lora.py \
     --model.from_pretrained outputs/demo/train --dataset.data_path outputs/demo_lora/clips/meta.csv
-Hardware: two CPU cores; 0.11 s/step, 2 minutes; all five colours 100 %, direction 100 %. The table has the four old colours beside the new one, or they would be forgotten.
+Hardware: two CPU cores; 0.11 s/step, 2 minutes; all five colours 100 %, direction 100 %.
+The table has the four old colours beside the new one, or they would be forgotten.
 """
 
 _base_ = ["demo.py"]
