@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ if ROOT not in sys.path:  # works from a checkout that is not installed
 
 from opensora_like.datasets.clip_facts import Engine, Journal, Result, check_engine, measure_all  # noqa: E402
 from opensora_like.datasets.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_file  # noqa: E402
+from opensora_like.publish import staged  # noqa: E402
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,17 +129,13 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     import pandas as pd
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with staged(path) as draft:
         if path.suffix.lower() == ".csv":
-            table.to_csv(staged, index=False)
+            table.to_csv(draft, index=False)
         else:
             for name in [n for n in table.columns if n.startswith("score_") and table[n].dtype.kind not in "fiu"]:
                 table = table.assign(**{name: pd.to_numeric(table[name], errors="coerce")})
-            table.to_parquet(staged, index=False)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+            table.to_parquet(draft, index=False)
 
 
 def run(options: argparse.Namespace, *, show: Callable[..., Any]) -> int:

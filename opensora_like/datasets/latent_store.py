@@ -22,6 +22,7 @@ from torch import Tensor
 
 from opensora_like.datasets import store_files as files
 from opensora_like.datasets.store_files import Shard
+from opensora_like.publish import staged
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -191,10 +192,10 @@ def finish(folder: str | Path) -> dict[str, Any]:
     num_failures = len({failure["key"] for failure in files.read_failures(folder)} - set(keys))
     manifest = {"version": VERSION, "fingerprint": fingerprint, "num_rows": joined.num_rows, "shards": shards}
     name = f"index-{secrets.token_hex(6)}.arrow"
-    with files.staged(folder / name) as draft, pa.OSFile(str(draft), "wb") as sink:
+    with staged(folder / name) as draft, pa.OSFile(str(draft), "wb") as sink:
         with pa.ipc.new_file(sink, joined.schema) as writer:
             writer.write_table(joined)
-    with files.staged(folder / MANIFEST) as draft:
+    with staged(folder / MANIFEST) as draft:
         draft.write_text(json.dumps(manifest | {"num_failures": num_failures, "index": name}, indent=1))
     for old in folder.glob("index-*.arrow"):
         if old.name != name:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opensora_like.datasets.store_files import staged
+from opensora_like.publish import staged
 
 CAPTION_KEYS = ("vila_caption", "gemini_v2_caption", "caption", "text")  # the first that is there is the caption
 TEMPORAL_STRIDE, SPATIAL_STRIDE = 4, 8  # of the Wan 2.1 autoencoder

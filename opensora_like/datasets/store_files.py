@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
+
+from opensora_like.publish import staged
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,28 +26,6 @@ class Shard(NamedTuple):
     bytes: int
     crc32: int
     header_crc32: int
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A name to write to; what is there at the end is on disk, and then gets the name `target`.
-
-    Raises:
-        OSError: the disk is full, read-only or gone; nothing is left behind.
-    """
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], target: Path, *, fingerprint: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from opensora_like.datasets.video_io import (
     read_image,
     resize_crop,
 )
+from opensora_like.publish import staged
 from opensora_like.registry import DATASETS, nearest
 
 if TYPE_CHECKING:
@@ -271,12 +272,8 @@ def _mapped_copy(source: Any, file: Path, columns: list[str]) -> pa.Table:
     if not target.exists():
         types = {name: pa.large_string() for name in ("path", "text")}
         schema = pa.schema([(n, types.get(n, source.schema_arrow.field(n).type)) for n in columns])
-        staged = target.with_suffix(f".{os.getpid()}")
-        try:
-            with pa.OSFile(str(staged), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with staged(target, shared=True) as draft, pa.OSFile(str(draft), "wb") as sink:
+            with pa.ipc.new_file(sink, schema) as writer:
                 for batch in source.iter_batches(batch_size=10_000, columns=columns):
                     writer.write_table(pa.table(batch).select(columns).cast(schema))
-            staged.replace(target)
-        finally:
-            staged.unlink(missing_ok=True)
     return pa.ipc.open_file(pa.memory_map(str(target))).read_all()

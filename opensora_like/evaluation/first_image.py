@@ -17,6 +17,7 @@ from opensora_like.evaluation.placement import in_use
 from opensora_like.evaluation.prompts import Job
 from opensora_like.models.base import TextEncoder
 from opensora_like.models.flux_image import MULTIPLE, FluxImage
+from opensora_like.publish import staged
 from opensora_like.registry import MODELS, build
 from opensora_like.runtime import DTYPES, logger
 from opensora_like.settings import InferenceConfig
@@ -67,9 +68,8 @@ def make_first_images(
         generator = rng.generator(cfg.seed + job.repeat, f"first image {prompt.text}", prompt.occurrence)
         image = drawer.draw(prompt.spoken, size, generator=generator, embeddings=embeddings.get(prompt.spoken))
         path = first_image_path(cfg, job)
-        staged = path.with_name(f".writing-{path.name}")
-        write_image(staged, image)
-        staged.replace(path)
+        with staged(path) as draft:
+            write_image(draft, image)
         logger.info("first image %s", path)
     del drawer
     gc.collect()  # hooks of offloading hold the models in cycles

@@ -14,8 +14,9 @@ from opensora_like.checkpoint.weights import newest_of
 from opensora_like.conditioning.masks import given_frames
 from opensora_like.config import to_dict
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of, read_prompts
-from opensora_like.evaluation.references import find_reference, write_whole
+from opensora_like.evaluation.references import find_reference
 from opensora_like.evaluation.refine_prompt import ChatEndpoint, Kind, choose_motion, refine
+from opensora_like.publish import staged
 from opensora_like.runtime import Runtime, logger
 from opensora_like.settings import InferenceConfig
 
@@ -174,7 +175,8 @@ def _write_record(cfg: InferenceConfig, job: Job, request: dict[str, Any]) -> No
         "references": list(prompt.refs),
         "request": request,
     }
-    write_whole(record_path(cfg, job), (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    with staged(record_path(cfg, job)) as draft:
+        draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _each(function: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.client
 import mimetypes
-import os
-import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from opensora_like.datasets.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_file
+from opensora_like.publish import staged
 
 CHUNK = 1 << 20
 
@@ -66,19 +65,9 @@ def fetch(url: str, folder: Path, *, max_bytes: int, timeout_seconds: float = 60
     except (OSError, http.client.HTTPException) as problem:  # refused, unknown host, timed out, cut off
         reason = getattr(problem, "reason", problem)
         raise ValueError(f"ref={url!r} cannot be fetched: {reason or type(problem).__name__}") from problem
-    write_whole(target, data)
+    with staged(target, shared=True) as draft:
+        draft.write_bytes(data)
     return target
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that has its name only once it is whole, whoever else writes it at the same time."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-        staged = Path(file.name)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.chmod(0o644)  # temporary files are the owner's alone
-    staged.replace(path)
 
 
 def _suffix(url: str, content_type: str) -> str:

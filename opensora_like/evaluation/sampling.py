@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from opensora_like.evaluation.first_image import make_first_images, with_first_i
 from opensora_like.evaluation.generate import Frozen, Sampled, VideoGenerator, build_frozen, video_size
 from opensora_like.evaluation.jobs import plan, share, video_path
 from opensora_like.evaluation.prompts import Job
-from opensora_like.evaluation.references import write_whole
 from opensora_like.evaluation.shared_video import is_leader, join_group, sequence_size
 from opensora_like.models.base import Denoiser
+from opensora_like.publish import staged
 from opensora_like.registry import MODELS, build
 from opensora_like.runtime import Runtime, logger
 from opensora_like.settings import InferenceConfig
@@ -89,15 +88,13 @@ def write_sampled(cfg: InferenceConfig, sampled: Sampled) -> Path:
     The file of pixels comes last and by rename: where it is there, all is there and whole.
     """
     path = video_path(cfg, Job(sampled.prompt, sampled.repeat))
-    write_whole(path.with_suffix(".txt"), f"{sampled.caption}\n".encode())
+    with staged(path.with_suffix(".txt")) as draft:
+        draft.write_text(f"{sampled.caption}\n", encoding="utf-8")
     frames = to_frames(sampled.video_CTHW)
-    staged = path.with_name(f".writing-{path.name}")
-    if len(frames) == 1:
-        write_image(staged, frames[0])
-    else:
-        write_video(staged, frames, cfg.fps_save)
-    with staged.open("rb") as file:
-        os.fsync(file.fileno())
-    staged.replace(path)
+    with staged(path) as draft:
+        if len(frames) == 1:
+            write_image(draft, frames[0])
+        else:
+            write_video(draft, frames, cfg.fps_save)
     logger.info("wrote %s", path)
     return path

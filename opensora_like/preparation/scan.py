@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opensora_like.datasets.store_files import staged
 from opensora_like.datasets.video_io import BadSample, probe
 from opensora_like.preparation.captions import CAPTION_TABLES, META_JSON, Clip, Format, list_clips
+from opensora_like.publish import staged
 
 
 class Scan(NamedTuple):

@@ -20,6 +20,7 @@ from opensora_like.datasets.meta_file import MetaClip, MetaFacts, read_meta, wri
 from opensora_like.datasets.video_io import VideoInfo
 from opensora_like.preparation.captions import Clip
 from opensora_like.preparation.frames import Pick
+from opensora_like.publish import staged
 
 SETTINGS, NULL = "prepare.json", "null.safetensors"
 TEXT = "text"  # the name of the condition that the caption's embedding is
@@ -186,7 +187,7 @@ class MetaSink:
         elif any(folder.glob("*.meta")):
             raise ValueError(f"{str(folder)!r} has .meta files of another program; write into another folder")
         else:
-            with store_files.staged(settings) as draft:
+            with staged(settings, shared=True) as draft:
                 draft.write_text(json.dumps(plain, indent=1))
         lines = [line for journal in folder.glob("prepared.rank*.jsonl") for line in read_lines(journal)]
         lines.sort(key=lambda line: line["time_ns"])  # a sample may have been made again, by another rank

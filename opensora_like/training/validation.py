@@ -26,6 +26,7 @@ from opensora_like.conditioning.encode import Encode
 from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.held_out import SEED, choose_clips, held_out_rows
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
+from opensora_like.publish import staged
 from opensora_like.runtime import MetricWriter, Runtime, logger
 from opensora_like.settings import RunConfig
 from opensora_like.training.data import build_dataset
@@ -255,11 +256,8 @@ def _name(step: int) -> str:
 
 
 def _save(path: Path, table: np.ndarray) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with staged(path) as draft, draft.open("wb") as file:
         np.save(file, table)
-    temporary.replace(path)
 
 
 def build_watch(

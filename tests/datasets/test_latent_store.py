@@ -85,7 +85,7 @@ KILLED = """
 import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
-from opensora_like.datasets import store_files
+from opensora_like.datasets import latent_store, store_files
 from tests.datasets.test_latent_store import KEYS, MOMENTS, write
 inner = store_files.staged
 
@@ -102,7 +102,7 @@ def kill_at(moment):
             yield draft
             tick()
         tick()
-    store_files.staged = staged
+    store_files.staged = latent_store.staged = staged
 
 for moment in MOMENTS:
     pid = os.fork()
