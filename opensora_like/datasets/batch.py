@@ -44,6 +44,7 @@ class Batch:
         index: number of the micro-batch within its epoch's plan.
         rows: the table rows really used (a bad row has been replaced), one per sample.
         bad: (row, path, reason) of the rows that could not be read.
+        places: the samples whose pixels `video_BCTHW` has, rising, where ranks deal them; None where it has all.
     """
 
     epoch: int
@@ -58,6 +59,7 @@ class Batch:
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     references: dict[str, Tensor] = field(default_factory=dict)
     bad: list[tuple[int, str, str]] = field(default_factory=list)
+    places: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,9 +1,9 @@
-"""Clips that training never sees: which rows they are, the table without them, and the few that are measured."""
+"""Clips that training never sees: which rows they are, the table without them, the few that are measured, and how."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,26 @@ from opensora_like.datasets.table import Table
 from opensora_like.rng import uniform
 
 SEED = 0  # not the run's: runs with other seeds are measured on the same clips
+
+
+@dataclass(frozen=True)
+class MeasuredLosses:
+    """Losses of one set of weights.
+
+    Args:
+        weights: "base" (those that training began with), "raw" or "ema".
+        losses_NK: float64, of clip n in part k of the range of t.
+        base_NK: of the base: the same clips, noise and t.
+        buckets: of each clip.
+        edges: of the parts, K + 1 times.
+    """
+
+    step: int
+    weights: str
+    losses_NK: np.ndarray
+    base_NK: np.ndarray
+    buckets: list[str]
+    edges: list[float]
 
 
 def held_out_rows(table: Table | ShardedTable, share: float) -> np.ndarray:

@@ -14,7 +14,7 @@ from opensora_like.datasets.batch import BucketShape, Sample
 from opensora_like.datasets.bucket import compile_buckets
 from opensora_like.datasets.coverage import rows_of_buckets
 from opensora_like.datasets.latent_store import LatentStore, open_store
-from opensora_like.datasets.plan import EpochPlan, build_plan
+from opensora_like.datasets.plan import EpochPlan, KeptPlans, build_plan
 from opensora_like.datasets.quarantine import read_quarantine
 from opensora_like.datasets.shards import ShardedTable
 from opensora_like.datasets.table import Table, table_of
@@ -75,7 +75,7 @@ class Latents:
         self.cache_path, self.seed = cache_path, seed
         self._draws_begin = windows != "first"
         self._clips: VideoText | None = None
-        self._plans: dict[int, EpochPlan] = {}
+        self._plans = KeptPlans()
         if data_path is not None:
             if windows is not None:
                 raise ValueError(f"dataset.windows={windows!r} is for a store without dataset.data_path; remove it")
@@ -97,9 +97,6 @@ class Latents:
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}  # a loader worker is told what to read, it needs no plan
-
     @property
     def table(self) -> Table | ShardedTable:
         """Of `data_path`, or of the store; it may be exchanged for one of the same rows, as held-out clips do."""
@@ -107,14 +104,12 @@ class Latents:
 
     @table.setter
     def table(self, table: Table | ShardedTable) -> None:
-        self._table, self._plans = table, {}
+        self._table, self._plans = table, KeptPlans()
 
     def plan(self, epoch: int) -> EpochPlan:
         """As `VideoText.plan`."""
-        if epoch not in self._plans:
-            plan = build_plan(self.table, self.buckets, fps_max=self.fps_max, seed=self.seed, epoch=epoch)
-            self._plans = dict([*self._plans.items()][-1:]) | {epoch: plan}
-        return self._plans[epoch]
+        given = {"fps_max": self.fps_max, "seed": self.seed, "epoch": epoch}
+        return self._plans.get(epoch, lambda: build_plan(self.table, self.buckets, **given))
 
     def read(self, row: int, shape: BucketShape, epoch: int) -> Sample:
         """One sample, a function of (seed, epoch, row) and the store alone.

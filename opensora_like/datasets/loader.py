@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +14,8 @@ from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.batch import Batch, BucketShape, Sample
 from opensora_like.datasets.plan import MicroBatch
 from opensora_like.datasets.video_io import BadSample
+
+Found = TypeVar("Found")
 
 
 def make_loader(
@@ -43,9 +45,17 @@ def make_loader(
     Raises:
         ValueError: (while iterating) a micro-batch has more bad rows than spares; the files are named.
     """
-    loader = DataLoader(
-        _Reads(dataset, shrink=shrink),
-        sampler=micro_batches,
+    options = {"num_workers": num_workers, "prefetch_factor": prefetch_factor, "pin_memory": pin_memory}
+    return map(_to_batch, read_ahead(_Reads(dataset, shrink=shrink), micro_batches, **options))
+
+
+def read_ahead(
+    reads: Dataset, indices: Iterable[Any], *, num_workers: int, prefetch_factor: int, pin_memory: bool
+) -> DataLoader:
+    """``reads[index]`` of each index, in their order. Args: as `make_loader`."""
+    return DataLoader(
+        reads,
+        sampler=indices,
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
@@ -53,7 +63,6 @@ def make_loader(
         worker_init_fn=_use_one_thread,
         generator=torch.Generator(),  # else it draws a seed from the process' own generator
     )
-    return map(_to_batch, loader)
 
 
 def _use_one_thread(worker: int) -> None:
@@ -86,16 +95,36 @@ def read_batch(dataset: ClipDataset, micro_batch: MicroBatch, *, shrink: bool = 
     Raises:
         NoSpareLeft: see there.
     """
-    rows, shape, epoch = micro_batch.rows.tolist(), micro_batch.shape, micro_batch.epoch
+    samples, bad = fill_places(
+        micro_batch, lambda _, row: dataset.read(row, micro_batch.shape, micro_batch.epoch), shrink=shrink
+    )
+    return collate(samples, micro_batch=micro_batch, bad=bad)
+
+
+def fill_places(
+    micro_batch: MicroBatch, read: Callable[[int, int], Found], *, shrink: bool = False
+) -> tuple[list[Found], list[tuple[int, str, str]]]:
+    """One sample for each row, a bad row's place taken by the next spare.
+
+    Args:
+        read: place within the micro-batch and row -> sample; raises BadSample.
+        shrink: as `read_batch`.
+
+    Returns: samples, and (row, path, reason) of the bad rows.
+
+    Raises:
+        NoSpareLeft: see there.
+    """
+    rows = micro_batch.rows.tolist()
     used = set(rows)
     spares = iter(micro_batch.spares.tolist())
-    samples: list[Sample] = []
+    samples: list[Found] = []
     bad: list[tuple[int, str, str]] = []
-    for row in rows:
+    for place, row in enumerate(rows):
         candidate: int | None = row
         while True:
             try:
-                samples.append(dataset.read(candidate, shape, epoch))
+                samples.append(read(place, candidate))
                 break
             except BadSample as problem:
                 bad.append((candidate, problem.path, problem.reason))
@@ -105,7 +134,7 @@ def read_batch(dataset: ClipDataset, micro_batch: MicroBatch, *, shrink: bool = 
             if candidate is None:
                 raise NoSpareLeft(_no_spare_text(micro_batch, bad))
             used.add(candidate)
-    return collate(samples, micro_batch=micro_batch, bad=bad)
+    return samples, bad
 
 
 def _no_spare_text(micro_batch: MicroBatch, bad: list[tuple[int, str, str]]) -> str:

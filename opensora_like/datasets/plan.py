@@ -97,6 +97,26 @@ class EpochPlan:
         )
 
 
+class KeptPlans:
+    """The plans of the two epochs that were asked for last, since the loader reads ahead into the next.
+
+    Pickled it is empty: a loader worker is told what to read, it needs no plan.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, EpochPlan] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": {}}
+
+    def get(self, epoch: int, build: Callable[[], EpochPlan]) -> EpochPlan:
+        """That of an epoch, built if it is not among them."""
+        if epoch not in self._kept:
+            plan = build()
+            self._kept = dict([*self._kept.items()][-1:]) | {epoch: plan}
+        return self._kept[epoch]
+
+
 def build_plan(
     table: Table | ShardedTable, buckets: Buckets, *, fps_max: float | None, seed: int, epoch: int, shuffle: bool = True
 ) -> EpochPlan:

@@ -1,7 +1,8 @@
-"""Bring frames to the size of a bucket and to the range of a model, and back to 8 bits."""
+"""Bring frames to the size of a bucket and to the range of a model, and back to 8 bits; tell how near they are."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +61,16 @@ def to_frames(video_CTHW: Any) -> np.ndarray:
         video_CTHW = video_CTHW.detach().float().cpu().numpy()
     levels = np.rint((np.clip(video_CTHW, -1, 1) + 1) * 127.5)
     return levels.astype(np.uint8).transpose(1, 2, 3, 0)
+
+
+def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pixels in [-1, 1]; infinite for equal ones.
+
+    Args:
+        one: values outside are clipped.
+    """
+    error = ((one.clamp(-1, 1).double() - other.double()) ** 2).mean().item()
+    return math.inf if error == 0 else 10 * math.log10(4 / error)
 
 
 def _cover(size: tuple[int, int], height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -16,7 +16,7 @@ import numpy as np
 from opensora_like import rng
 from opensora_like.datasets.batch import BucketShape, Sample
 from opensora_like.datasets.bucket import compile_buckets, sampling_interval
-from opensora_like.datasets.plan import EpochPlan, build_plan
+from opensora_like.datasets.plan import EpochPlan, KeptPlans, build_plan
 from opensora_like.datasets.quarantine import read_quarantine
 from opensora_like.datasets.shards import ShardedTable, open_shards
 from opensora_like.datasets.table import REQUIRED, Table, read_table, table_of
@@ -143,20 +143,15 @@ class VideoText:
                 f"{self.table.column_names}; add it or set dataset.vmaf=False"
             )
         self.buckets = compile_buckets(bucket_config, multiple=multiple)
-        self._plans: dict[int, EpochPlan] = {}
+        self._plans = KeptPlans()
 
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}  # a loader worker is told what to read, it needs no plan
-
     def plan(self, epoch: int) -> EpochPlan:
-        """The order of an epoch; the last two asked for are kept, since the loader reads ahead into the next."""
-        if epoch not in self._plans:
-            plan = build_plan(self.table, self.buckets, fps_max=self.fps_max, seed=self.seed, epoch=epoch)
-            self._plans = dict([*self._plans.items()][-1:]) | {epoch: plan}
-        return self._plans[epoch]
+        """The order of an epoch; see `KeptPlans` for how long it is kept."""
+        given = {"fps_max": self.fps_max, "seed": self.seed, "epoch": epoch}
+        return self._plans.get(epoch, lambda: build_plan(self.table, self.buckets, **given))
 
     def read(self, row: int, shape: BucketShape, epoch: int) -> Sample:
         """One sample, a function of (seed, epoch, row) and the file alone.

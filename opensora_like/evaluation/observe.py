@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch.distributed as dist
 from torch import nn
 
 from opensora_like.boosters.base import Booster
 from opensora_like.checkpoint.files import write_text
 from opensora_like.config import config_text
+from opensora_like.datasets.held_out import MeasuredLosses
 from opensora_like.evaluation.cached_text import KnownTexts
 from opensora_like.evaluation.generate import Frozen, Loaded, VideoGenerator
 from opensora_like.evaluation.paired_loss import Interval, LossSummary, summarize, summarize_pairs
@@ -54,17 +54,6 @@ class Watched(Protocol):
     booster: Booster
 
 
-class Measured(Protocol):
-    """Losses of one set of weights; see training/validation.py."""
-
-    step: int
-    weights: str
-    losses_NK: np.ndarray
-    base_NK: np.ndarray
-    buckets: list[str]
-    edges: list[float]
-
-
 class RunObserver:
     """Writes ``validation.jsonl``, ``samples/step*/`` and ``report.html`` into the run's folder.
 
@@ -100,7 +89,7 @@ class RunObserver:
                 file.unlink()  # the videos are made again under their names, or stay unlisted
         self._rows_file = JsonlWriter(self._folder / ROWS_FILE, resume_step=-1 if is_new else step)
 
-    def measured(self, seen: Measured) -> dict[str, float]:
+    def measured(self, seen: MeasuredLosses) -> dict[str, float]:
         """Write a row. Returns: the means, for the metric writers."""
         loss = summarize(seen.losses_NK, seen.buckets)
         if seen.weights == "base":

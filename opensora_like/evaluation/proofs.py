@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from opensora_like.config import read_config
-from opensora_like.datasets.video_io import read_frames, read_image, resize_crop
+from opensora_like.datasets.resize import psnr, resize_crop
+from opensora_like.datasets.video_io import read_frames, read_image
 from opensora_like.evaluation.demo import read_sample
 from opensora_like.evaluation.generate import Sampled, VideoGenerator
 from opensora_like.evaluation.prompts import read_prompts
@@ -88,7 +89,6 @@ def first_frame_psnr(sampled: Sequence[Sampled]) -> list[float]:
     found = []
     for clip in sampled:
         height, width = clip.video_CTHW.shape[2:]
-        wanted = torch.as_tensor(resize_crop(read_image(clip.prompt.refs[0]), height, width, image=True))[:, 0]
-        error = (clip.video_CTHW[:, 0] - wanted).square().mean().item()
-        found.append(10 * np.log10(4 / max(error, 1e-12)))
+        wanted = torch.as_tensor(resize_crop(read_image(clip.prompt.refs[0]), height, width, image=True))
+        found.append(psnr(clip.video_CTHW[:, :1], wanted))
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opensora_like.datasets.batch import BucketShape
 from opensora_like.datasets.latent_store import open_store
-from opensora_like.datasets.resize import to_frames
+from opensora_like.datasets.resize import psnr, to_frames
 from opensora_like.datasets.video_io import write_image, write_video
 from opensora_like.models.base import Autoencoder
 from opensora_like.preparation.captions import Clip
@@ -92,12 +92,6 @@ def report(found: Iterator[Verified], *, folder: Path | None = None, fps: float 
     mean = f"mean PSNR {sum(finite) / len(finite):.2f} dB" if finite else "no difference"
     exact = f", {len(values) - len(finite)} of them exact" if finite and len(finite) < len(values) else ""
     print(f"verify: {len(values)} samples decoded, {mean}{exact}" if values else "verify: nothing could be compared")
-
-
-def psnr(one: Tensor, other: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pixels in [-1, 1]; infinite for equal ones."""
-    error = torch.mean((one.clamp(-1, 1).double() - other.double()) ** 2).item()
-    return math.inf if error == 0 else 10 * math.log10(4 / error)
 
 
 def _spread(count: int, total: int) -> list[int]:

@@ -32,6 +32,7 @@ from opensora_like.datasets.plan import (
 )
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
 from opensora_like.models.lora import dropout_of
+from opensora_like.models.stand_ins import CachedAutoencoder
 from opensora_like.registry import BOOSTERS, MODELS, SCHEDULERS, build
 from opensora_like.runtime import Runtime, logger
 from opensora_like.settings import RunConfig
@@ -82,6 +83,7 @@ def build_run(
     sizes = {"dp_size": booster.dp_size, "accumulation": cfg.accumulation_steps}
     check_data(dataset, autoencoder, **sizes, with_plan=cfg.load is None or cfg.steps is None)
     sharing = build_sharing(booster.dp_rank, dp_size=booster.dp_size)
+    dealing = None if isinstance(autoencoder, CachedAutoencoder) else sharing  # latents are read where they are used
     encode = build_encode(cfg, runtime.device, model, autoencoder, encoders, sharing=sharing)
     scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=model.patch_size)
     compile_parts(cfg, model, autoencoder)
@@ -107,7 +109,7 @@ def build_run(
         schedule=schedule,
         booster=booster,
         step_fn=step_fn,
-        batches=batches_from(cfg, runtime, dataset, plan_of, booster, state),
+        batches=batches_from(cfg, runtime, dataset, plan_of, booster, state, dealing=dealing),
         plan_of=plan_of,
         checkpoints=checkpoints,
         writers=make_writers(cfg, runtime, folder, state.step),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -13,12 +14,9 @@ from opensora_like.datasets.balance import Balance, balance_plan, micro_batch_we
 from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.batch import Batch
 from opensora_like.datasets.cost import CostModel, Grid
+from opensora_like.datasets.dealing import Dealing, make_dealt_loader
 from opensora_like.datasets.loader import make_loader
-from opensora_like.datasets.plan import (
-    EpochPlan,
-    Position,
-    rank_stream,
-)
+from opensora_like.datasets.plan import EpochPlan, KeptPlans, Position, rank_stream
 from opensora_like.datasets.shards import ShardedTable
 from opensora_like.models.base import Autoencoder, TextEncoder
 from opensora_like.models.stand_ins import CachedAutoencoder
@@ -83,23 +81,16 @@ def loss_weights(
 def make_plan_of(
     cfg: RunConfig, runtime: Runtime, dataset: ClipDataset, balance: Balance | None
 ) -> Callable[[int], EpochPlan]:
-    """Epoch -> its plan; the last one asked for is kept, and of a table in shards the next one is begun."""
-    kept: dict[int, EpochPlan] = {}
+    """Epoch -> its plan, balanced; of a table in shards the next one is begun."""
+    kept = KeptPlans()
 
-    def plan_of(epoch: int) -> EpochPlan:
-        if epoch not in kept:
-            plan = dataset.plan(epoch)
-            if balance is not None:
-                plan = balance_plan(plan, balance, seed=cfg.seed)
-            if isinstance(dataset.table, ShardedTable) and runtime.local_rank == 0:
-                ahead = {"fps_max": dataset.fps_max, "seed": cfg.seed, "epoch": epoch + 1}
-                build_ahead(dataset.table, dataset.buckets, **ahead)
-            for old in sorted(kept)[:-1]:  # two are kept: the loader is ahead of the step
-                del kept[old]
-            kept[epoch] = plan
-        return kept[epoch]
+    def build_one(epoch: int) -> EpochPlan:
+        plan = dataset.plan(epoch)
+        if isinstance(dataset.table, ShardedTable) and runtime.local_rank == 0:
+            build_ahead(dataset.table, dataset.buckets, fps_max=dataset.fps_max, seed=cfg.seed, epoch=epoch + 1)
+        return plan if balance is None else balance_plan(plan, balance, seed=cfg.seed)
 
-    return plan_of
+    return lambda epoch: kept.get(epoch, lambda: build_one(epoch))
 
 
 def batches_from(
@@ -109,8 +100,10 @@ def batches_from(
     plan_of: Callable[[int], EpochPlan],
     booster: Booster,
     state: TrainState,
+    *,
+    dealing: Dealing | None = None,
 ) -> Iterator[Batch]:
-    """This rank's batches from the state's position on, without end."""
+    """This rank's batches from the state's position on, without end; with `dealing`, the pixels of its samples only."""
     micro_batches = rank_stream(
         plan_of,
         Position(state.epoch, state.micro_batch),
@@ -122,7 +115,8 @@ def batches_from(
     for name in ("pin_memory", "device_prefetch"):
         if getattr(cfg, name) and not on_gpu:
             raise ValueError(f"{name}=True needs a GPU, and the device is {runtime.device}; remove it")
-    batches = make_loader(
+    make = make_loader if dealing is None else partial(make_dealt_loader, dealing=dealing)
+    batches = make(
         dataset,
         micro_batches,
         num_workers=cfg.num_workers,

@@ -62,6 +62,23 @@ def cost_model(work: ModelWork, *, encode_flops_per_pixel: float = 0.0, text_flo
     )
 
 
+def count_work(model: Mapping[str, Any], encoders: Mapping[str, TextEncoder], *, where: str, remedy: str) -> ModelWork:
+    """Operations of a denoiser under the text of its encoders, counted without running it.
+
+    Args:
+        model: the section of the config.
+        where, remedy: the setting that asks, and what else can be done; for the error.
+
+    Raises:
+        ValueError: the model takes a condition of unknown shape.
+    """
+    text_length = max((getattr(encoder, "max_length", 0) for encoder in encoders.values()), default=0) or DEFAULT_TEXT
+    try:
+        return measure_work(build_on_meta(model, where="model"), text_length=text_length)
+    except ValueError as problem:
+        raise ValueError(f"{where}: the work of the model cannot be counted: {problem}; or {remedy}") from problem
+
+
 def derive_cost(
     model: Mapping[str, Any],
     autoencoder: Mapping[str, Any] | None,
@@ -76,13 +93,7 @@ def derive_cost(
     Raises:
         ValueError: the model takes a condition of unknown shape.
     """
-    text_length = max((getattr(encoder, "max_length", 0) for encoder in encoders.values()), default=0) or DEFAULT_TEXT
-    try:
-        work = measure_work(build_on_meta(model, where="model"), text_length=text_length)
-    except ValueError as problem:
-        raise ValueError(
-            f"cost: the work of the model cannot be counted: {problem}; or set cost, {{per_token: 1.0}}"
-        ) from problem
+    work = count_work(model, encoders, where="cost", remedy="set cost, {per_token: 1.0}")
     flops_per_pixel = 0.0
     if autoencoder is not None:
         smallest = min(buckets.shapes, key=lambda s: (s.num_frames == 1, s.num_frames * s.height * s.width))

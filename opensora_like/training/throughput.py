@@ -9,8 +9,8 @@ from opensora_like.datasets.batch import Batch
 from opensora_like.datasets.cost import Grid
 from opensora_like.models.base import TextEncoder
 from opensora_like.settings import RunConfig
-from opensora_like.training.measure import Work, build_on_meta, measure_work
-from opensora_like.training.resources import DEFAULT_TEXT
+from opensora_like.training.measure import Work
+from opensora_like.training.resources import count_work
 
 TERA = 1e12
 BACKWARD = 2  # times the operations of the forward; what checkpointed blocks compute again is no use of the device
@@ -58,9 +58,5 @@ def build_throughput(cfg: RunConfig, encoders: Mapping[str, TextEncoder], grid: 
         return Throughput(grid, None, None)
     if cfg.peak_tflops <= 0:
         raise ValueError(f"peak_tflops={cfg.peak_tflops} must be above 0: TFLOP/s of the device at {cfg.dtype}")
-    length = max((getattr(encoder, "max_length", 0) for encoder in encoders.values()), default=0) or DEFAULT_TEXT
-    try:
-        work = measure_work(build_on_meta(cfg.model, where="model"), text_length=length)
-    except ValueError as problem:
-        raise ValueError(f"peak_tflops: the work of the model cannot be counted: {problem}; remove it") from problem
+    work = count_work(cfg.model, encoders, where="peak_tflops", remedy="remove it")
     return Throughput(grid, work.forward, cfg.peak_tflops)

@@ -24,7 +24,7 @@ from opensora_like.checkpoint.files import write_text
 from opensora_like.checkpoint.manager import TrainState
 from opensora_like.conditioning.encode import Encode
 from opensora_like.datasets.base import ClipDataset
-from opensora_like.datasets.held_out import SEED, choose_clips, held_out_rows
+from opensora_like.datasets.held_out import SEED, MeasuredLosses, choose_clips, held_out_rows
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
 from opensora_like.publish import staged
 from opensora_like.runtime import MetricWriter, Runtime, logger
@@ -60,26 +60,6 @@ class Watched:
         return self.runtime.device
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Losses of one set of weights.
-
-    Args:
-        weights: "base" (those that training began with), "raw" or "ema".
-        losses_NK: float64, of clip n in part k of the range of t.
-        base_NK: of the base: the same clips, noise and t.
-        buckets: of each clip.
-        edges: of the parts, K + 1 times.
-    """
-
-    step: int
-    weights: str
-    losses_NK: np.ndarray
-    base_NK: np.ndarray
-    buckets: list[str]
-    edges: list[float]
-
-
 class Observer(Protocol):
     """Makes something of what is seen. Training does not know evaluation, so the script brings it."""
 
@@ -87,7 +67,7 @@ class Observer(Protocol):
         """Rank 0, before all else: what was seen after `step` belongs to updates that are made again; where `is_new`,
         what was seen before is of other clips."""
 
-    def measured(self, seen: Measured) -> Mapping[str, float]:
+    def measured(self, seen: MeasuredLosses) -> Mapping[str, float]:
         """Rank 0. Returns: numbers for the metric writers."""
 
     def sample(self, step: int, weights: str) -> None:
@@ -233,7 +213,7 @@ class Watch:
             if weights != "base":
                 _save(self._folder / f"{_name(step)}-{weights}.npy", losses)
             about = (self._held_out.buckets, self._held_out.edges)
-            numbers |= self._observer.measured(Measured(step, weights, losses, self._base, *about))
+            numbers |= self._observer.measured(MeasuredLosses(step, weights, losses, self._base, *about))
         for writer in writers if numbers else ():
             writer.write(step, numbers)
         self._observer.report(step)

@@ -54,7 +54,7 @@ def make_batch(size: int) -> Batch:
     torch.manual_seed(size)
     video = torch.rand(size, 3, 5, 16, 16) * 2 - 1
     texts = [f"clip {i} of {size}" for i in range(size)]
-    return Batch(0, 0, BucketShape("16px", 5, 16, 16), list(range(size)), texts, texts, video_BCTHW=video)
+    return Batch(0, size, BucketShape("16px", 5, 16, 16), list(range(size)), texts, texts, video_BCTHW=video)
 
 
 def compare(rank: int, folder: Path) -> None:

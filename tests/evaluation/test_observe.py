@@ -12,6 +12,7 @@ import pytest
 
 from opensora_like import runtime as rt
 from opensora_like.config import read_config
+from opensora_like.datasets.held_out import MeasuredLosses
 from opensora_like.datasets.video_io import probe
 from opensora_like.evaluation.observe import RunObserver, read_sampling
 from opensora_like.evaluation.paired_loss import summarize, summarize_pairs
@@ -19,7 +20,6 @@ from opensora_like.evaluation.validation_report import MAX_STEPS, Row, SampleFil
 from opensora_like.preparation.table import cache_table
 from opensora_like.training.build import build_run
 from opensora_like.training.trainer import Run, train
-from opensora_like.training.validation import Measured
 from tests.evaluation.test_report import Balance
 from tests.training.cached_clips import config_of, from_cache, from_videos, patch, write_table
 from tests.training.harness import CONFIG, Killed, assert_same, metrics_of, train_toy
@@ -112,7 +112,7 @@ def test_a_resume_goes_on_with_page_and_rows(watched: tuple[Run, Path], tmp_path
 class Dying(RunObserver):
     """Killed between two rows of one step, after its checkpoint."""
 
-    def measured(self, seen: Measured) -> dict[str, float]:
+    def measured(self, seen: MeasuredLosses) -> dict[str, float]:
         if (seen.step, seen.weights) == (6, "ema"):
             raise Killed
         return super().measured(seen)

@@ -13,12 +13,12 @@ import torch
 from opensora_like import runtime as rt
 from opensora_like.config import read_config
 from opensora_like.datasets.batch import Batch
-from opensora_like.datasets.held_out import held_out_rows
+from opensora_like.datasets.held_out import MeasuredLosses, held_out_rows
 from opensora_like.datasets.table import Table
 from opensora_like.training.build import build_run
 from opensora_like.training.data import build_dataset
 from opensora_like.training.trainer import Run, train
-from opensora_like.training.validation import Measured, Watched, weights_in_place
+from opensora_like.training.validation import Watched, weights_in_place
 from tests.training.harness import CONFIG, Killed, assert_same, metrics_of, tensors_of, train_toy
 
 STEPS = 12
@@ -32,7 +32,7 @@ class Recorder:
 
     def __init__(self, watched: Watched) -> None:
         self.watched = watched
-        self.seen: list[Measured] = []
+        self.seen: list[MeasuredLosses] = []
         self.sampled: list[tuple[int, str, float]] = []
         self.reported: list[int] = []
         self.resumed: list[tuple[int, bool]] = []
@@ -40,7 +40,7 @@ class Recorder:
     def resume(self, step: int, *, is_new: bool) -> None:
         self.resumed.append((step, is_new))
 
-    def measured(self, seen: Measured) -> dict[str, float]:
+    def measured(self, seen: MeasuredLosses) -> dict[str, float]:
         self.seen.append(seen)
         return {f"val_loss_{seen.weights}": float(seen.losses_NK.mean())}
 
