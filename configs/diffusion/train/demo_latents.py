@@ -5,19 +5,9 @@ Hardware: two CPU cores; float32, faster there than bfloat16. On shared cores 0.
 at the end; read off latents: colour 100 %, shape 74 %, direction 99 % of 160 samples.
 """
 
-_base_ = ["../../_base_/run.py", "../../_base_/shapes_latents_model.py"]
+_base_ = ["../../_base_/run.py", "../../_base_/shapes_latents_model.py", "../../_base_/shapes_train.py"]
 
 dataset = dict(type="video_text", data_path="outputs/demo_latents/clips/meta.csv", fps_in_caption=False)
 bucket_config = {"32px_ar1:1": {5: (1.0, 8)}}
 sample_posterior = False  # the deviations of random weights mean nothing
-booster = dict(type="colossalai", plugin="zero2")
-dtype = "fp32"
-optim = dict(type="AdamW", lr=2e-3, weight_decay=0.0)
-steps = 4000
-warmup_steps = 0.025
-lr_schedule = "cosine"
-grad_clip = 1.0
-ema_decay = 0.99
-dropout_ratio = dict(text=0.1, pooled=0.1)
-num_workers = 1
 exp_name = "demo_latents"

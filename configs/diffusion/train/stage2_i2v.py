@@ -6,26 +6,7 @@ Hardware: 8 GPUs of 140 GB and 25 GiB of pinned host memory per GPU, which hold 
 of this size counts elements, so it had 50). Memory: predicted 125 GiB at most per GPU (256px images), without that.
 """
 
-_base_ = [
-    "../../_base_/opensora_v2_model.py",
-    "../../_base_/opensora_v2_train.py",
-    "../../_base_/buckets_stage2_i2v.py",
-    "../../_base_/i2v_tasks.py",
-]
+_base_ = ["../../_base_/opensora_v2_stage2.py", "../../_base_/buckets_stage2_i2v.py", "../../_base_/i2v_tasks.py"]
 
-model = dict(grad_ckpt_settings=(100, 100), cond_embed=True)
-booster = dict(
-    plugin="hybrid",
-    plugin_config=dict(
-        tp_size=1,
-        pp_size=1,
-        sp_size=4,
-        sequence_parallelism_mode="ring_attn",
-        enable_sequence_parallelism=True,
-        static_graph=True,
-        zero_stage=2,
-    ),
-)
+model = dict(cond_embed=True)
 grad_ckpt_buffer_size = 26_843_545_600
-optim = dict(lr=5e-5)
-ckpt_every = 200
