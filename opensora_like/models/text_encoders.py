@@ -1,4 +1,4 @@
-"""Frozen text encoders, T5, umT5 and CLIP, with a bounded cache of what they encoded.
+"""Frozen text encoders: T5, umT5 and CLIP.
 
 Letters of the shape suffixes: B batch, L tokens, D width.
 """
@@ -8,33 +8,25 @@ from __future__ import annotations
 import html
 import importlib.util
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from opensora_like.registry import MODELS, nearest
-from opensora_like.rng import generator
-
-Precision = Literal["bf16", "fp16", "fp32"]
-Tokenize = Callable[[Sequence[str], int], Tensor]  # (texts, length) -> int64 [B, length]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# ids of the byte tokenizer, bytes at 3 to 258; CLIP's pooling gives an end id of 2 a meaning of its own
-PAD, EOS, FIRST_BYTE, BOS = 0, 1, 3, 259
-NUM_BYTE_IDS = 260
-ARCHITECTURES = {
-    "t5": {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"},
-    "umt5": {"umt5": "UMT5EncoderModel"},
-    "clip": {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"},
-}
-TINY = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "seed": 0}
-# part of a weight's name -> its size over the usual. T5's heads look at places, so that the order of bytes matters;
-# CLIP's end token carries more of what it attends to than of where it stands. Chosen by a linear probe of captions.
-TINY_GAINS = {"relative_attention_bias": 2.0, "position_embedding": 0.3, "out_proj": 3.0}
+from opensora_like.models.embedding_cache import EmbeddingCache
+from opensora_like.models.text_loading import (
+    DTYPES,
+    Precision,
+    Tokenize,
+    check_source,
+    load_model,
+    load_tokenizer,
+    pipeline_parts,
+    tie_embeddings,
+)
+from opensora_like.models.tiny_encoders import byte_tokenizer, tiny_clip, tiny_sizes, tiny_t5
+from opensora_like.registry import MODELS
 
 
 @MODELS.register_module("t5")
@@ -82,15 +74,15 @@ class T5TextEncoder(nn.Module):
         tp: bool = False,
     ) -> None:
         super().__init__()
-        _check_source("t5", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
+        check_source("t5", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
         self.max_length, self._attend_padding, self._chunk_size = max_length, attend_padding, chunk_size
         self.tp = tp
         if tiny is not None:
-            self.model = _tiny_t5(_tiny_sizes(tiny, "t5")).to(DTYPES[dtype])
-            self._tokenize: Tokenize = _byte_tokenizer(bos=False)
+            self.model = tiny_t5(tiny_sizes(tiny, "t5"), "t5").to(DTYPES[dtype])
+            self._tokenize: Tokenize = byte_tokenizer(bos=False)
         else:
-            self.model = _load_model("t5", from_pretrained, dtype=dtype, cache_dir=cache_dir)
-            self._tokenize = _load_tokenizer(from_pretrained, cache_dir=cache_dir)
+            self.model = load_model("t5", from_pretrained, dtype=dtype, cache_dir=cache_dir)
+            self._tokenize = load_tokenizer(from_pretrained, cache_dir=cache_dir)
         self.model.requires_grad_(False).eval()
         self.output_dim = int(self.model.config.d_model)
         self._pad_id = int(self.model.config.pad_token_id or 0)
@@ -180,19 +172,19 @@ class UMT5TextEncoder(nn.Module):
         tp: bool = False,
     ) -> None:
         super().__init__()
-        _check_source("umt5", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
+        check_source("umt5", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
         if dtype not in ("bf16", "fp32"):
             raise ValueError(f"umt5 encoder: dtype={dtype!r} overflows or is unknown; use 'bf16' or 'fp32'")
         self.max_length, self._clean, self._chunk_size = max_length, clean, chunk_size
         self.tp = tp
         if tiny is not None:
-            self.model = _tiny_umt5(_tiny_sizes(tiny, "umt5")).to(DTYPES[dtype])
-            self._tokenize: Tokenize = _byte_tokenizer(bos=False)
+            self.model = tiny_t5(tiny_sizes(tiny, "umt5"), "umt5").to(DTYPES[dtype])
+            self._tokenize: Tokenize = byte_tokenizer(bos=False)
         else:
-            source, tokenizer = _pipeline_parts(from_pretrained)
-            self.model = _load_model("umt5", source, dtype=dtype, cache_dir=cache_dir)
-            self._tokenize = _load_tokenizer(tokenizer, cache_dir=cache_dir)
-        _tie_embeddings(self.model, where=f"umt5 encoder: from_pretrained={from_pretrained!r}")
+            source, tokenizer = pipeline_parts(from_pretrained)
+            self.model = load_model("umt5", source, dtype=dtype, cache_dir=cache_dir)
+            self._tokenize = load_tokenizer(tokenizer, cache_dir=cache_dir)
+        tie_embeddings(self.model, where=f"umt5 encoder: from_pretrained={from_pretrained!r}")
         self.model.requires_grad_(False).eval()
         self.output_dim = int(self.model.config.d_model)
         self._pad_id = int(self.model.config.pad_token_id or 0)
@@ -280,14 +272,14 @@ class CLIPTextEncoder(nn.Module):
         chunk_size: int = 1,
     ) -> None:
         super().__init__()
-        _check_source("clip", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
+        check_source("clip", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
         self.max_length, self._chunk_size = max_length, chunk_size
         if tiny is not None:
-            self.model = _tiny_clip(_tiny_sizes(tiny, "clip"), max_length).to(DTYPES[dtype])
-            self._tokenize: Tokenize = _byte_tokenizer(bos=True)
+            self.model = tiny_clip(tiny_sizes(tiny, "clip"), max_length).to(DTYPES[dtype])
+            self._tokenize: Tokenize = byte_tokenizer(bos=True)
         else:
-            self.model = _load_model("clip", from_pretrained, dtype=dtype, cache_dir=cache_dir)
-            self._tokenize = _load_tokenizer(from_pretrained, cache_dir=cache_dir)
+            self.model = load_model("clip", from_pretrained, dtype=dtype, cache_dir=cache_dir)
+            self._tokenize = load_tokenizer(from_pretrained, cache_dir=cache_dir)
         positions = self.model.config.max_position_embeddings
         if max_length > positions:
             raise ValueError(
@@ -318,219 +310,3 @@ class CLIPTextEncoder(nn.Module):
     def _run(self, texts: Sequence[str]) -> Tensor:
         ids_BL = self._tokenize(texts, self.max_length).to(self.device)
         return self.model(input_ids=ids_BL).pooler_output
-
-
-class EmbeddingCache:
-    """Embeddings of the captions used last.
-
-    Args:
-        size: most captions kept; 0 keeps none.
-        keep_on_cpu: keep them on the CPU, whatever device made them.
-    """
-
-    def __init__(self, size: int, *, keep_on_cpu: bool) -> None:
-        if size < 0:
-            raise ValueError(f"encoder cache_size={size} must be 0 or more")
-        self._size, self._keep_on_cpu = size, keep_on_cpu
-        self._kept: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def look_up(
-        self,
-        texts: Sequence[str],
-        length: int,
-        run: Callable[[Sequence[str]], Tensor],
-        *,
-        chunk_size: int,
-        device: torch.device,
-    ) -> Tensor:
-        """One embedding per text on `device`; each distinct text that is not kept is run once.
-
-        Args:
-            length: tokens; part of the key.
-            run: texts -> stacked embeddings.
-        """
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"text encoder: got {texts!r}; give a list of at least one caption")
-        found = {text: self._kept[text, length] for text in texts if (text, length) in self._kept}
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
-        for start in range(0, len(missing), chunk_size):
-            chunk = missing[start : start + chunk_size]
-            found |= zip(chunk, run(chunk).unbind(), strict=True)
-        for text, embedding in found.items():
-            self._keep((text, length), embedding)
-        return torch.stack([found[text].to(device) for text in texts])
-
-    def _keep(self, key: tuple[str, int], embedding: Tensor) -> None:
-        if key not in self._kept and self._size:
-            # a copy, since a view would keep the memory of its whole chunk
-            self._kept[key] = embedding.to("cpu" if self._keep_on_cpu else embedding.device, copy=True)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
-
-
-def _check_source(name: str, from_pretrained: str | None, tiny: Mapping | None, **sizes: int) -> None:
-    if (from_pretrained is None) == (tiny is None):
-        raise ValueError(
-            f"{name} encoder: from_pretrained={from_pretrained!r} and tiny={tiny!r}; give exactly one of a folder or"
-            " hub name, and the sizes of a tiny random encoder"
-        )
-    for key, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} encoder: {key}={size} must be 1 or more")
-
-
-def _load_model(kind: str, source: str, *, dtype: Precision, cache_dir: str | None) -> nn.Module:
-    """The published encoder at `source`, of the architecture its config names."""
-    import transformers
-
-    if source.startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
-        raise FileNotFoundError(f"{kind} encoder: from_pretrained={source!r} is not a folder; download the model there")
-    try:
-        architecture = transformers.AutoConfig.from_pretrained(source, cache_dir=cache_dir).model_type
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"{kind} encoder: from_pretrained={source!r} is neither a folder with a model nor one the hub gives;"
-            " give a local folder, or check the name and the network"
-        ) from error
-    if architecture not in ARCHITECTURES[kind]:
-        raise ValueError(
-            f"{kind} encoder: from_pretrained={source!r} holds a {architecture!r} model, one of"
-            f" {sorted(ARCHITECTURES[kind])} is needed"
-        )
-    cls = getattr(transformers, ARCHITECTURES[kind][architecture])
-    return cls.from_pretrained(source, dtype=DTYPES[dtype], cache_dir=cache_dir)
-
-
-def _pipeline_parts(source: str) -> tuple[str, str]:
-    """Where the model and the tokenizer are: side by side, or in the folders of a pipeline."""
-    parts = Path(source) / "text_encoder", Path(source) / "tokenizer"
-    return (str(parts[0]), str(parts[1])) if all(part.is_dir() for part in parts) else (source, source)
-
-
-def _tie_embeddings(model: nn.Module, *, where: str) -> None:
-    """Let the encoder read the table that was loaded; transformers 5 can leave its own name for it zero."""
-    shared, own = model.shared.weight, model.encoder.embed_tokens.weight
-    if own is not shared and not torch.equal(own, shared):
-        model.encoder.embed_tokens.weight = model.shared.weight = shared if shared.any() else own
-    if not model.shared.weight.any():
-        raise ValueError(f"{where}: the table of token embeddings (shared.weight) is zero; the weights are not whole")
-
-
-def _load_tokenizer(source: str, *, cache_dir: str | None) -> Tokenize:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir)
-
-    def tokenize(texts: Sequence[str], length: int) -> Tensor:
-        options = {"max_length": length, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return tokenizer(list(texts), **options).input_ids
-
-    return tokenize
-
-
-def _byte_tokenizer(*, bos: bool) -> Tokenize:
-    """Ids of the UTF-8 bytes, an end id always among them; needs no file."""
-
-    def tokenize(texts: Sequence[str], length: int) -> Tensor:
-        ids_BL = torch.full((len(texts), length), PAD)
-        for row, text in zip(ids_BL, texts, strict=True):
-            head = [BOS] if bos else []
-            body = [FIRST_BYTE + byte for byte in text.encode()][: length - len(head) - 1]
-            ids = [*head, *body, EOS]
-            row[: len(ids)] = torch.tensor(ids)
-        return ids_BL
-
-    return tokenize
-
-
-def _tiny_sizes(tiny: Mapping[str, int], kind: str) -> dict[str, int]:
-    for key in tiny:
-        if key not in TINY:
-            raise ValueError(f"{kind} encoder: tiny has no {key!r}; {nearest(key, TINY)}")
-    sizes = {**TINY, **tiny}
-    if sizes["hidden_size"] % sizes["num_heads"]:
-        raise ValueError(
-            f"{kind} encoder: tiny hidden_size={sizes['hidden_size']} does not divide by num_heads={sizes['num_heads']}"
-        )
-    return sizes
-
-
-def _tiny_t5(sizes: Mapping[str, int]) -> nn.Module:
-    from transformers import T5Config, T5EncoderModel
-
-    width, heads = sizes["hidden_size"], sizes["num_heads"]
-    config = T5Config(
-        vocab_size=NUM_BYTE_IDS,
-        d_model=width,
-        d_kv=width // heads,
-        d_ff=2 * width,
-        num_layers=sizes["num_layers"],
-        num_heads=heads,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-    )
-    return _filled(lambda: T5EncoderModel(config), sizes["seed"])
-
-
-def _tiny_umt5(sizes: Mapping[str, int]) -> nn.Module:
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    width, heads = sizes["hidden_size"], sizes["num_heads"]
-    config = UMT5Config(
-        vocab_size=NUM_BYTE_IDS,
-        d_model=width,
-        d_kv=width // heads,
-        d_ff=2 * width,
-        num_layers=sizes["num_layers"],
-        num_heads=heads,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-    )
-    return _filled(lambda: UMT5EncoderModel(config), sizes["seed"])
-
-
-def _tiny_clip(sizes: Mapping[str, int], max_length: int) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
-        vocab_size=NUM_BYTE_IDS,
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=2 * sizes["hidden_size"],
-        projection_dim=sizes["hidden_size"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"],
-        max_position_embeddings=max_length,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
-    return _filled(lambda: CLIPTextModel(config), sizes["seed"])
-
-
-def _filled(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A model whose weights are a function of (seed, name), the same in every process and with every transformers."""
-    with torch.random.fork_rng(devices=[]):  # transformers draws weights of its own first
-        model = build()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            is_table = any(part in name for part in ("embedding", "shared", "relative_attention_bias"))
-            gain = next((gain for part, gain in TINY_GAINS.items() if part in name), 1.0)
-            if not is_table:
-                gain /= math.sqrt(parameter.shape[1])
-            if name.endswith("SelfAttention.q.weight"):
-                gain /= math.sqrt(model.config.d_kv)  # T5 does not divide its logits
-            noise = torch.randn(parameter.shape, generator=generator(seed, f"tiny encoder {name}"))
-            parameter.copy_(gain * noise)
-    return model

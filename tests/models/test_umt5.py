@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from opensora_like.models.base import TextEncoder
-from opensora_like.models.text_encoders import UMT5TextEncoder, _tie_embeddings, clean_caption
+from opensora_like.models.text_encoders import UMT5TextEncoder, clean_caption
+from opensora_like.models.text_loading import tie_embeddings
 from opensora_like.registry import MODELS, build
 
 TOKENIZER_OUT = ["input_ids", "attention_mask"]
@@ -112,13 +113,13 @@ def test_embeddings_are_tied_or_refused(tmp_path):
     for lost in ("shared", "encoder.embed_tokens"):
         module = model.get_submodule(lost)
         module.weight = torch.nn.Parameter(torch.zeros_like(table))
-        _tie_embeddings(model, where="here")
+        tie_embeddings(model, where="here")
         assert torch.equal(model.shared.weight, table)
         assert model.encoder.embed_tokens.weight is model.shared.weight
     with torch.no_grad():
         model.shared.weight.zero_()
     with pytest.raises(ValueError, match="here: the table of token embeddings"):
-        _tie_embeddings(model, where="here")
+        tie_embeddings(model, where="here")
 
 
 def test_what_cannot_be_built_says_so(tmp_path):
