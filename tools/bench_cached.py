@@ -27,8 +27,7 @@ from opensora_like.datasets.latent_store import StoreWriter, finish
 from opensora_like.models.fingerprint import cache_fingerprint, latent_facts
 from opensora_like.registry import MODELS, build
 from opensora_like.rng import generator
-from opensora_like.training.build import build_run
-from tools.bench_trainer import bare_seconds, whole_seconds
+from tools.bench_trainer import bare_seconds, build_silent, whole_seconds
 
 AUTOENCODER = {"type": "wan_vae", "tiny": {}}
 TEXT = {"type": "umt5", "tiny": {"hidden_size": 256}, "max_length": 128, "dtype": "fp32"}
@@ -97,9 +96,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     written = settings(folder, num_workers=given.num_workers)
     (folder / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in written.items()))
     config = read_config(folder / "config.py").config
-    run = build_run(config, rt.start(), config_name="bench")
-    run.checkpoints.save = lambda state: None  # the save at the end of a block is not a step
-    run.writers, run.lock = [], None  # a block closes them
+    run = build_silent(config, rt.start(), config_name="bench")
 
     def work() -> int:
         block = max(1, given.num_steps // NUM_BLOCKS)

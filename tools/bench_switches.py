@@ -15,14 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from opensora_like import runtime as rt
 from opensora_like.cli import run_guarded
 from opensora_like.config import read_config
-from opensora_like.training.build import build_run
 from opensora_like.training.trainer import Run, train
+from tools.bench_trainer import build_silent
 
 NUM_BLOCKS = 4
 WARM_UP = 5
@@ -48,15 +51,6 @@ def step_seconds(run: Run, num_steps: int) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
-def build(config: str, arguments: list[str], name: str, runtime: rt.Runtime) -> Run:
-    """A run that writes nothing but its folder."""
-    own = ["--outputs", tempfile.gettempdir(), "--exp_name", name, "--tensorboard", "False", "--ckpt_every", "0"]
-    run = build_run(read_config(config, [*arguments, *own]).config, runtime, config_name=config)
-    run.checkpoints.save = lambda state: None  # the save at the end of a block is not a step
-    run.writers, run.lock = [], None  # a block closes them
-    return run
-
-
 def prepare(arguments: list[str]) -> Callable[[], int]:
     if len(arguments) < 3 or arguments[0] in ("-h", "--help"):
         raise ValueError(__doc__)
@@ -70,7 +64,15 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     switch, common = rest[:cut], rest[cut + 1 :]
     runtime = rt.start()
     folder = f"bench_switches-{time.time_ns()}" if runtime.world_size == 1 else "bench_switches"
-    runs = [build(config, [*common, *more], f"{folder}{i}", runtime) for i, more in enumerate(([], switch))]
+    fixed = ["--outputs", tempfile.gettempdir(), "--tensorboard", "False", "--ckpt_every", "0"]
+    runs = [
+        build_silent(
+            read_config(config, [*common, *more, *fixed, "--exp_name", f"{folder}{number}"]).config,
+            runtime,
+            config_name=config,
+        )
+        for number, more in enumerate(([], switch))
+    ]
 
     def work() -> int:
         seconds: list[list[float]] = [[], []]

@@ -14,10 +14,19 @@ from collections.abc import Callable
 from opensora_like import runtime as rt
 from opensora_like.cli import run_guarded
 from opensora_like.config import read_config
+from opensora_like.settings import RunConfig
 from opensora_like.training.build import build_run
 from opensora_like.training.trainer import Run, train
 
 NUM_BLOCKS = 4
+
+
+def build_silent(cfg: RunConfig, runtime: rt.Runtime, *, config_name: str) -> Run:
+    """A run that writes nothing but its folder; `train` may be called on it again and again."""
+    run = build_run(cfg, runtime, config_name=config_name)
+    run.checkpoints.save = lambda state: None  # the save at the end of a block is not a step
+    run.writers, run.lock = [], None  # a block closes them
+    return run
 
 
 def bare_seconds(run: Run, num_steps: int, *, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -54,9 +63,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     folder = tempfile.mkdtemp()
     own = ["--outputs", folder, "--exp_name", "bench", "--tensorboard", "False", "--ckpt_every", "0"]
     config = read_config(arguments[0], [*arguments[1:], *own]).config
-    run = build_run(config, rt.start(), config_name=arguments[0])
-    run.checkpoints.save = lambda state: None  # the save at the end of a block is not a step
-    run.writers, run.lock = [], None  # a block closes them
+    run = build_silent(config, rt.start(), config_name=arguments[0])
 
     def work() -> int:
         block = max(1, num_steps // NUM_BLOCKS)
