@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def _of_files(files: Sequence[Path]) -> CachedPrompts:
 def _file_names(keys: Sequence[str]) -> list[str]:
     """Keys may be paths: the last part, with a number where it is not the only one."""
     stems = [Path(key).stem or "clip" for key in keys]
-    return [stem if stems.count(stem) == 1 else f"{stem}_{number:06d}" for number, stem in enumerate(stems)]
+    counts = Counter(stems)
+    return [stem if counts[stem] == 1 else f"{stem}_{number:06d}" for number, stem in enumerate(stems)]
 
 
 class KnownTexts(nn.Module):
