@@ -10,11 +10,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmengine.registry import Registry
-
 from opensora_like.config_file import Layer, last_setter, read_layers, set_path, split_arguments
 from opensora_like.registry import fit, fit_arguments, hints_of, nearest, parameters_of, resolve
-from opensora_like.settings import SECTIONS, SHORTHANDS, KeyPath, Optim, RunConfig
+from opensora_like.settings import SECTIONS, SHORTHANDS, KeyPath, Optim, RunConfig, Section
 
 Schema = TypeVar("Schema")
 
@@ -159,15 +157,15 @@ def _hint_of(path: KeyPath, settings: Mapping, schema: type) -> Any:
 def _section_class(path: KeyPath, settings: Mapping) -> tuple[int, Any]:
     """How deep the section is that `path` goes into, and the class that its arguments belong to (or None)."""
     depth = 2 if path[0] == "encoders" else 1
-    registry, _ = SECTIONS.get("encoders.*" if depth == 2 else path[0], (None, ()))
+    known = SECTIONS.get("encoders.*" if depth == 2 else path[0])
     section: Any = settings
     for name in path[:depth]:
         section = section.get(name, {}) if isinstance(section, Mapping) else {}
     if path[0] == "optim":
         return depth, Optim
-    if registry is None or len(path) <= depth or not isinstance(section, Mapping) or "type" not in section:
+    if known is None or len(path) <= depth or not isinstance(section, Mapping) or "type" not in section:
         return depth, None
-    return depth, resolve(section["type"], registry, where=".".join(map(str, path[:depth])))
+    return depth, resolve(section["type"], known.registry, where=".".join(map(str, path[:depth])))
 
 
 def _apply_shorthands(settings: dict, layers: Sequence[Layer], schema: type) -> None:
@@ -233,24 +231,30 @@ def _check_sections(values: dict[str, Any]) -> None:
         checked = fit_arguments(Optim, section, where="optim")
         checked["type"] = fit(section["type"], hints_of(Optim)["type"], "optim.type")
         values["optim"] = dataclasses.asdict(Optim(**checked))
-    for name, (registry, given) in SECTIONS.items():
+    for name, known in SECTIONS.items():
         top = name.split(".")[0]
         if values.get(top) is None:
             continue
         sections = {f"{top}.{k}": v for k, v in values[top].items()} if "*" in name else {top: values[top]}
         for where, section in sections.items():
-            checked = _check_section(section, registry, where, given)
+            checked = _check_section(section, known, where)
             if "*" in name:
                 values[top][where.split(".", 1)[1]] = checked
             else:
                 values[top] = checked
 
 
-def _check_section(section: Any, registry: Registry, where: str, given: tuple[str, ...]) -> dict[str, Any]:
+def _check_section(section: Any, known: Section, where: str) -> dict[str, Any]:
     if not isinstance(section, Mapping) or "type" not in section:
-        raise ValueError(f"{where}={section!r} needs a 'type', one of the names in {registry.name.upper()}S")
-    cls = resolve(section["type"], registry, where=where)
-    takes = {n: None for n in given if n in parameters_of(cls)}
+        raise ValueError(f"{where}={section!r} needs a 'type', one of the names in {known.registry.name.upper()}S")
+    cls = resolve(section["type"], known.registry, where=where)
+    if missing := [method for method in known.methods if not hasattr(cls, method)]:
+        fitting = [n for n, c in known.registry.module_dict.items() if all(hasattr(c, m) for m in known.methods)]
+        raise ValueError(
+            f"{where}.type={section['type']!r} has no {missing[0]!r} and cannot be the {where}; use one of "
+            f"{sorted(fitting)}"
+        )
+    takes = {n: None for n in known.given if n in parameters_of(cls)}
     return {"type": section["type"], **fit_arguments(cls, section, where=where, given=takes)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mmengine.registry import Registry
 
@@ -281,15 +281,29 @@ SHORTHANDS: dict[str, KeyPath] = {
     "grad_ckpt_setting": ("model", "grad_ckpt_settings"),
 }
 
-# section -> registry of its `type`, and the arguments that the program gives when it builds it
-SECTIONS: dict[str, tuple[Registry, tuple[str, ...]]] = {
-    "model": (MODELS, ()),
-    "autoencoder": (MODELS, ()),
-    "encoders.*": (MODELS, ()),
-    "first_image": (MODELS, ()),
-    "scheduler": (SCHEDULERS, ("patch_size",)),
-    "dataset": (DATASETS, ("bucket_config", "multiple", "seed")),
-    "booster": (BOOSTERS, ("device", "dtype", "grad_clip", "accumulation_steps")),
+
+class Section(NamedTuple):
+    """A section that names a class.
+
+    Args:
+        registry: of its `type`.
+        given: arguments that the program gives when it builds it.
+        methods: what the class must have, since denoisers, autoencoders and encoders are in one registry.
+    """
+
+    registry: Registry
+    given: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+
+
+SECTIONS = {
+    "model": Section(MODELS, methods=("adapt_weights", "parallel_plan")),
+    "autoencoder": Section(MODELS, methods=("decode", "latent_shape")),
+    "encoders.*": Section(MODELS),
+    "first_image": Section(MODELS, methods=("draw",)),
+    "scheduler": Section(SCHEDULERS, given=("patch_size",)),
+    "dataset": Section(DATASETS, given=("bucket_config", "multiple", "seed")),
+    "booster": Section(BOOSTERS, given=("device", "dtype", "grad_clip", "accumulation_steps")),
 }
 
 

@@ -99,6 +99,8 @@ REFUSED = [
     (["--optim.lrr", "1"], "did you mean .*'lr'"),
     (["--encoders.text.max_lenght", "1"], "max_length"),
     (["--model.type", "mmdt"], "unknown model 'mmdt'; did you mean .*'mmdit'"),
+    (["--model.type", "hunyuan_vae"], "'hunyuan_vae' has no 'adapt_weights' and cannot be the model; use .*'mmdit'"),
+    (["--autoencoder.type", "t5"], "'t5' has no 'decode' and cannot be the autoencoder; use one of .*'dc_ae'"),
     (["--booster.type", "colossal"], "did you mean .*'colossalai'"),
     (["--bucket-config", "{...}"], "bucket.config"),
     (["--wandb", "yes"], "bool"),

@@ -59,7 +59,7 @@ def configs_page() -> str:
         + table(rows, ("name", "sets"))
     )
     parts.append("## `optim`\n\n" + component("optim", Optim, ("type",)).split("\n\n", 1)[1])
-    given = {key: names for registry, names in SECTIONS.values() for key in [registry.name]}
+    given = {section.registry.name: section.given for section in SECTIONS.values()}
     for registry in (MODELS, DATASETS, SCHEDULERS, BOOSTERS):
         registry.import_from_location()
         parts.append(f"## {registry.name.upper()}S: `type` and its arguments")
