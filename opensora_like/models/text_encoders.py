@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -29,8 +29,61 @@ from opensora_like.models.tiny_encoders import byte_tokenizer, tiny_clip, tiny_s
 from opensora_like.registry import MODELS
 
 
+class _FrozenEncoder(nn.Module):
+    """What the encoders share: weights that stay as they are, a tokenizer, and a cache of what was encoded."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenize: Tokenize,
+        *,
+        max_length: int,
+        cache_size: int,
+        cache_device: Literal["cpu", "same"],
+        chunk_size: int,
+    ) -> None:
+        super().__init__()
+        self.model, self._tokenize = model.requires_grad_(False).eval(), tokenize
+        self.max_length, self._chunk_size = max_length, chunk_size
+        self.output_dim = int(model.config.hidden_size)
+        self._cache = EmbeddingCache(cache_size, keep_on_cpu=cache_device == "cpu")
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Stays in evaluation mode: the encoder is frozen."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; moved with ``.to``."""
+        return next(self.model.parameters()).device
+
+    def _look_up(self, texts: Sequence[str], length: int, run: Callable[[Sequence[str]], Tensor]) -> Tensor:
+        return self._cache.look_up(texts, length, run, chunk_size=self._chunk_size, device=self.device)
+
+
+def _read(
+    kind: Literal["t5", "umt5", "clip"],
+    from_pretrained: str | None,
+    tiny: Mapping[str, int] | None,
+    *,
+    max_length: int,
+    chunk_size: int,
+    dtype: Precision,
+    cache_dir: str | None,
+) -> tuple[nn.Module, Tokenize]:
+    """Model and tokenizer of one of the two sources."""
+    check_source(kind, from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
+    if from_pretrained is not None:
+        model, tokenizer = pipeline_parts(from_pretrained) if kind == "umt5" else (from_pretrained, from_pretrained)
+        loaded = load_model(kind, model, dtype=dtype, cache_dir=cache_dir)
+        return loaded, load_tokenizer(tokenizer, cache_dir=cache_dir)
+    sizes = tiny_sizes(tiny, kind)
+    made = tiny_clip(sizes, max_length) if kind == "clip" else tiny_t5(sizes, kind)
+    return made.to(DTYPES[dtype]), byte_tokenizer(bos=kind == "clip")
+
+
 @MODELS.register_module("t5")
-class T5TextEncoder(nn.Module):
+class T5TextEncoder(_FrozenEncoder):
     """Token embeddings of a T5 encoder (also mT5, umT5).
 
     Captions are padded to `max_length`, and by default the padding is attended to and returned like any token, as
@@ -73,33 +126,15 @@ class T5TextEncoder(nn.Module):
         chunk_size: int = 1,
         tp: bool = False,
     ) -> None:
-        super().__init__()
-        check_source("t5", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
-        self.max_length, self._attend_padding, self._chunk_size = max_length, attend_padding, chunk_size
-        self.tp = tp
-        if tiny is not None:
-            self.model = tiny_t5(tiny_sizes(tiny, "t5"), "t5").to(DTYPES[dtype])
-            self._tokenize: Tokenize = byte_tokenizer(bos=False)
-        else:
-            self.model = load_model("t5", from_pretrained, dtype=dtype, cache_dir=cache_dir)
-            self._tokenize = load_tokenizer(from_pretrained, cache_dir=cache_dir)
-        self.model.requires_grad_(False).eval()
-        self.output_dim = int(self.model.config.d_model)
-        self._pad_id = int(self.model.config.pad_token_id or 0)
-        self._cache = EmbeddingCache(cache_size, keep_on_cpu=cache_device == "cpu")
+        sizes = {"max_length": max_length, "chunk_size": chunk_size}
+        model, tokenize = _read("t5", from_pretrained, tiny, dtype=dtype, cache_dir=cache_dir, **sizes)
+        super().__init__(model, tokenize, cache_size=cache_size, cache_device=cache_device, **sizes)
+        self.tp, self._attend_padding = tp, attend_padding
+        self._pad_id = int(model.config.pad_token_id or 0)
 
     def cut(self, cut_model: Callable[[nn.Module], None]) -> None:
         """Let `cut_model` change the encoder in place, as tensor parallelism does; its embeddings stay the same."""
         cut_model(self.model)
-
-    def train(self, mode: bool = True) -> T5TextEncoder:
-        """Stays in evaluation mode: the encoder is frozen."""
-        return super().train(False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are; moved with ``.to``."""
-        return next(self.model.parameters()).device
 
     def encode(self, texts: Sequence[str], *, pad_to: int | None = None) -> Tensor:
         """Embeddings of captions.
@@ -117,9 +152,7 @@ class T5TextEncoder(nn.Module):
             raise ValueError(
                 f"t5 encoder: pad_to={pad_to} is below max_length={self.max_length}; only padding is added"
             )
-        return self._cache.look_up(
-            texts, length, lambda missing: self._run(missing, length), chunk_size=self._chunk_size, device=self.device
-        )
+        return self._look_up(texts, length, lambda missing: self._run(missing, length))
 
     def null(self, *, pad_to: int | None = None) -> Tensor:
         """What a dropped caption becomes: the embedding of the empty one. Returns: [1, L, D]."""
@@ -139,7 +172,7 @@ class T5TextEncoder(nn.Module):
 
 
 @MODELS.register_module("umt5")
-class UMT5TextEncoder(nn.Module):
+class UMT5TextEncoder(_FrozenEncoder):
     """Token embeddings of a umT5 encoder as Wan takes them: padding is not attended to, and its embeddings are zero.
 
     Args:
@@ -171,37 +204,18 @@ class UMT5TextEncoder(nn.Module):
         chunk_size: int = 1,
         tp: bool = False,
     ) -> None:
-        super().__init__()
-        check_source("umt5", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
         if dtype not in ("bf16", "fp32"):
             raise ValueError(f"umt5 encoder: dtype={dtype!r} overflows or is unknown; use 'bf16' or 'fp32'")
-        self.max_length, self._clean, self._chunk_size = max_length, clean, chunk_size
-        self.tp = tp
-        if tiny is not None:
-            self.model = tiny_t5(tiny_sizes(tiny, "umt5"), "umt5").to(DTYPES[dtype])
-            self._tokenize: Tokenize = byte_tokenizer(bos=False)
-        else:
-            source, tokenizer = pipeline_parts(from_pretrained)
-            self.model = load_model("umt5", source, dtype=dtype, cache_dir=cache_dir)
-            self._tokenize = load_tokenizer(tokenizer, cache_dir=cache_dir)
-        tie_embeddings(self.model, where=f"umt5 encoder: from_pretrained={from_pretrained!r}")
-        self.model.requires_grad_(False).eval()
-        self.output_dim = int(self.model.config.d_model)
-        self._pad_id = int(self.model.config.pad_token_id or 0)
-        self._cache = EmbeddingCache(cache_size, keep_on_cpu=cache_device == "cpu")
+        sizes = {"max_length": max_length, "chunk_size": chunk_size}
+        model, tokenize = _read("umt5", from_pretrained, tiny, dtype=dtype, cache_dir=cache_dir, **sizes)
+        tie_embeddings(model, where=f"umt5 encoder: from_pretrained={from_pretrained!r}")
+        super().__init__(model, tokenize, cache_size=cache_size, cache_device=cache_device, **sizes)
+        self.tp, self._clean = tp, clean
+        self._pad_id = int(model.config.pad_token_id or 0)
 
     def cut(self, cut_model: Callable[[nn.Module], None]) -> None:
         """As `T5TextEncoder.cut`."""
         cut_model(self.model)
-
-    def train(self, mode: bool = True) -> UMT5TextEncoder:
-        """Stays in evaluation mode: the encoder is frozen."""
-        return super().train(False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are; moved with ``.to``."""
-        return next(self.model.parameters()).device
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of captions.
@@ -213,7 +227,7 @@ class UMT5TextEncoder(nn.Module):
         """
         if self._clean and not isinstance(texts, str):
             texts = [clean_caption(text) for text in texts]
-        return self._cache.look_up(texts, self.max_length, self._run, chunk_size=self._chunk_size, device=self.device)
+        return self._look_up(texts, self.max_length, self._run)
 
     def null(self) -> Tensor:
         """What a dropped caption becomes: the embedding of the empty one. Returns: [1, L, D]."""
@@ -246,7 +260,7 @@ def clean_caption(text: str) -> str:
 
 
 @MODELS.register_module("clip")
-class CLIPTextEncoder(nn.Module):
+class CLIPTextEncoder(_FrozenEncoder):
     """The pooled embedding of a CLIP text encoder: its last hidden state at the end of the caption.
 
     Args:
@@ -271,36 +285,18 @@ class CLIPTextEncoder(nn.Module):
         cache_device: Literal["cpu", "same"] = "cpu",
         chunk_size: int = 1,
     ) -> None:
-        super().__init__()
-        check_source("clip", from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
-        self.max_length, self._chunk_size = max_length, chunk_size
-        if tiny is not None:
-            self.model = tiny_clip(tiny_sizes(tiny, "clip"), max_length).to(DTYPES[dtype])
-            self._tokenize: Tokenize = byte_tokenizer(bos=True)
-        else:
-            self.model = load_model("clip", from_pretrained, dtype=dtype, cache_dir=cache_dir)
-            self._tokenize = load_tokenizer(from_pretrained, cache_dir=cache_dir)
-        positions = self.model.config.max_position_embeddings
+        sizes = {"max_length": max_length, "chunk_size": chunk_size}
+        model, tokenize = _read("clip", from_pretrained, tiny, dtype=dtype, cache_dir=cache_dir, **sizes)
+        positions = model.config.max_position_embeddings
         if max_length > positions:
             raise ValueError(
                 f"clip encoder: max_length={max_length}, but the model has {positions} positions; lower it"
             )
-        self.model.requires_grad_(False).eval()
-        self.output_dim = int(self.model.config.hidden_size)
-        self._cache = EmbeddingCache(cache_size, keep_on_cpu=cache_device == "cpu")
-
-    def train(self, mode: bool = True) -> CLIPTextEncoder:
-        """Stays in evaluation mode: the encoder is frozen."""
-        return super().train(False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are; moved with ``.to``."""
-        return next(self.model.parameters()).device
+        super().__init__(model, tokenize, cache_size=cache_size, cache_device=cache_device, **sizes)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of captions. Returns: [B, D]; on the encoder's device."""
-        return self._cache.look_up(texts, self.max_length, self._run, chunk_size=self._chunk_size, device=self.device)
+        return self._look_up(texts, self.max_length, self._run)
 
     def null(self) -> Tensor:
         """What a dropped caption becomes: the embedding of the empty one. Returns: [1, D]."""
