@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from opensora_like.models.autoencoders.loading import check_multiple
+from opensora_like.models.autoencoders.sizes import check_multiple
 
 
 class CachedAutoencoder(nn.Module):

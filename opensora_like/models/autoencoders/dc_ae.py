@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from opensora_like.models.autoencoders.batching import resolve_mini_batch, run_by_samples
 from opensora_like.models.autoencoders.dc_ae_networks import CONFIGS, Decoder, Encoder
-from opensora_like.models.autoencoders.loading import check_multiple, finish
+from opensora_like.models.autoencoders.loading import finish
+from opensora_like.models.autoencoders.sizes import check_multiple
 from opensora_like.models.autoencoders.tiling import Tiling
 from opensora_like.registry import MODELS, nearest
 

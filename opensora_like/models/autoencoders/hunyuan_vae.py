@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from opensora_like.models.autoencoders.batching import resolve_mini_batch, run_by_samples
 from opensora_like.models.autoencoders.hunyuan_layers import rebuild
-from opensora_like.models.autoencoders.loading import check_multiple, finish
+from opensora_like.models.autoencoders.loading import finish
 from opensora_like.models.autoencoders.posterior import draw_latents
+from opensora_like.models.autoencoders.sizes import causal_latent_shape
 from opensora_like.models.autoencoders.tiling import Tiling
 from opensora_like.registry import MODELS
 
@@ -105,11 +106,7 @@ class HunyuanVAE(nn.Module):
         Raises:
             ValueError: `num_frames` is not 4k+1 (the last frames would be lost), or a side is no multiple of 8.
         """
-        check_multiple(num_frames, self.temporal_stride, offset=1, where="hunyuan_vae: num_frames")
-        check_multiple(height, self.spatial_stride, where="hunyuan_vae: height")
-        check_multiple(width, self.spatial_stride, where="hunyuan_vae: width")
-        stride = self.spatial_stride
-        return self.latent_channels, (num_frames - 1) // self.temporal_stride + 1, height // stride, width // stride
+        return causal_latent_shape(self, num_frames, height, width, where="hunyuan_vae")
 
     def encode(self, video_BCTHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents for the denoiser.

@@ -70,22 +70,3 @@ def finish(module: nn.Module, *, from_pretrained: str | None, dtype: str | None)
     elif target is not None:
         module.to(target)
     module.requires_grad_(False).eval()
-
-
-def check_multiple(value: int, multiple: int, *, where: str, offset: int = 0, or_one: bool = False) -> None:
-    """Compare a size with what the autoencoder can code.
-
-    Args:
-        offset: sizes are ``multiple * k + offset``.
-        or_one: 1 is allowed as well.
-
-    Raises:
-        ValueError: `value` is none of them; with the nearest that are.
-    """
-    over = (value - offset) % multiple
-    if (value >= 1 and not over) or (or_one and value == 1):
-        return
-    below = value - over
-    nearest = {n for n in (below, below + multiple) if n >= 1} | ({1} if or_one and value < multiple else set())
-    rule = f"{multiple} * k" + (f" + {offset}" if offset else "") + (" or 1" if or_one else "")
-    raise ValueError(f"{where}={value} is not {rule}; nearest allowed: {' or '.join(map(str, sorted(nearest)))}")

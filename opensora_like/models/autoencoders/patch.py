@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opensora_like.models.autoencoders.loading import check_multiple
+from opensora_like.models.autoencoders.sizes import check_multiple
 from opensora_like.registry import MODELS
 
 

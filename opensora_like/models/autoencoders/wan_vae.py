@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from opensora_like.models.autoencoders.loading import DTYPES, check_keys, check_multiple
+from opensora_like.models.autoencoders.loading import DTYPES, check_keys
 from opensora_like.models.autoencoders.posterior import draw_latents
+from opensora_like.models.autoencoders.sizes import causal_latent_shape
 from opensora_like.registry import MODELS, nearest
 from opensora_like.rng import generator as make_generator
 
@@ -97,11 +98,7 @@ class WanVAE(nn.Module):
         Raises:
             ValueError: `num_frames` is not 4k+1 (the last frames would be lost), or a side is no multiple of 8.
         """
-        check_multiple(num_frames, self.temporal_stride, offset=1, where="wan_vae: num_frames")
-        check_multiple(height, self.spatial_stride, where="wan_vae: height")
-        check_multiple(width, self.spatial_stride, where="wan_vae: width")
-        stride = self.spatial_stride
-        return self.latent_channels, (num_frames - 1) // self.temporal_stride + 1, height // stride, width // stride
+        return causal_latent_shape(self, num_frames, height, width, where="wan_vae")
 
     def encode(self, video_BCTHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents for the denoiser.
