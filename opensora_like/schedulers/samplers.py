@@ -190,20 +190,7 @@ def guided_velocity(
     Raises:
         ValueError: a null condition that is no condition, or of another shape; an image scale without `null_image`.
     """
-    for group, nulls in (("null_text", null_text), ("null_image", null_image)):
-        for name, null in nulls.items():
-            if name not in conditions:
-                raise ValueError(f"{group}[{name!r}] replaces no condition; conditions are {sorted(conditions)}")
-            if null.shape != conditions[name].shape:
-                raise ValueError(
-                    f"{group}[{name!r}] is {list(null.shape)}, the condition is {list(conditions[name].shape)}; "
-                    "expand or pad it to the same shape"
-                )
-    if guidance.image != 1 and not null_image:
-        raise ValueError(f"guidance.image={guidance.image!r} needs null_image; pass it or use Guidance.for_task('t2v')")
-    if guidance.text != 1 and not null_text:
-        raise ValueError(f"guidance.text={guidance.text!r} needs null_text; pass it or set the scale to 1")
-
+    _check_nulls(conditions, null_text=null_text, null_image=null_image, guidance=guidance)
     branches = [dict(conditions), {**conditions, **null_text}, {**conditions, **null_text, **null_image}]
 
     def velocity(x: Tensor, t_B: Tensor, step: int) -> Tensor:
@@ -228,3 +215,25 @@ def guided_velocity(
         return guided_text_and_image(found[0], found[1], found[2], text=text, image=image)
 
     return velocity
+
+
+def _check_nulls(
+    conditions: Mapping[str, Tensor],
+    *,
+    null_text: Mapping[str, Tensor],
+    null_image: Mapping[str, Tensor],
+    guidance: Guidance,
+) -> None:
+    for group, nulls in (("null_text", null_text), ("null_image", null_image)):
+        for name, null in nulls.items():
+            if name not in conditions:
+                raise ValueError(f"{group}[{name!r}] replaces no condition; conditions are {sorted(conditions)}")
+            if null.shape != conditions[name].shape:
+                raise ValueError(
+                    f"{group}[{name!r}] is {list(null.shape)}, the condition is {list(conditions[name].shape)}; "
+                    "expand or pad it to the same shape"
+                )
+    if guidance.image != 1 and not null_image:
+        raise ValueError(f"guidance.image={guidance.image!r} needs null_image; pass it or use Guidance.for_task('t2v')")
+    if guidance.text != 1 and not null_text:
+        raise ValueError(f"guidance.text={guidance.text!r} needs null_text; pass it or set the scale to 1")
