@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from opensora_like.checkpoint.layout import complete_checkpoints
-from opensora_like.datasets.video_io import probe, write_image, write_video
+from opensora_like.datasets.video_io import probe
+from opensora_like.datasets.video_writing import write_image, write_video
 from tests.evaluation.local_server import LanguageModel, serving
 from tests.stand_ins import HUNYUAN, MMDIT, WIDTH, save_clip, save_flux, save_hunyuan_vae, save_mmdit, save_t5
 

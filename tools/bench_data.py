@@ -36,7 +36,8 @@ from opensora_like.datasets.cost import CostModel, Grid
 from opensora_like.datasets.plan import build_plan
 from opensora_like.datasets.shard_writer import ROWS_PER_SHARD, write_pieces
 from opensora_like.datasets.shards import ShardedTable
-from opensora_like.datasets.video_io import read_frames, write_video
+from opensora_like.datasets.video_io import read_frames
+from opensora_like.datasets.video_writing import write_video
 from tools.bench_meta import WINDOW, moving_frames
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/_base_/buckets_stage1.py"

@@ -20,7 +20,8 @@ ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:  # works from a checkout that is not installed
     sys.path.insert(0, ROOT)
 
-from opensora_like.datasets.video_io import probe, read_frames, write_video  # noqa: E402
+from opensora_like.datasets.video_io import probe, read_frames  # noqa: E402
+from opensora_like.datasets.video_writing import write_video  # noqa: E402
 
 WINDOW = 33
 

@@ -18,17 +18,10 @@ from opensora_like.datasets.batch import BucketShape, Sample
 from opensora_like.datasets.bucket import compile_buckets, sampling_interval
 from opensora_like.datasets.plan import EpochPlan, KeptPlans, build_plan
 from opensora_like.datasets.quarantine import read_quarantine
+from opensora_like.datasets.resize import center_crop, resize_crop
 from opensora_like.datasets.shards import ShardedTable, open_shards
 from opensora_like.datasets.table import REQUIRED, Table, read_table, table_of
-from opensora_like.datasets.video_io import (
-    BadSample,
-    center_crop,
-    find_file,
-    is_image,
-    read_frames,
-    read_image,
-    resize_crop,
-)
+from opensora_like.datasets.video_io import BadSample, find_file, is_image, read_frames, read_image
 from opensora_like.publish import staged
 from opensora_like.registry import DATASETS, nearest
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from opensora_like.checkpoint.layout import find_checkpoint
 from opensora_like.checkpoint.manager import read_state
-from opensora_like.datasets.video_io import probe, read_frames, resize_crop
+from opensora_like.datasets.resize import resize_crop
+from opensora_like.datasets.video_io import probe, read_frames
 from opensora_like.evaluation.report import Clip, ContactSheet, Note, ScoreRow, ScoreTable, write_report
 from opensora_like.evaluation.shapes import accuracy, score_clip
 from opensora_like.evaluation.world import Combination, combination_of, to_video

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opensora_like import rng
 from opensora_like.datasets.aspect import closest_ratio, shape_table
-from opensora_like.datasets.video_io import write_image
+from opensora_like.datasets.video_writing import write_image
 from opensora_like.evaluation.jobs import first_image_path
 from opensora_like.evaluation.placement import in_use
 from opensora_like.evaluation.prompts import Job

@@ -16,7 +16,8 @@ from opensora_like.checkpoint.weights import LoadReport, compare_shapes, read_we
 from opensora_like.conditioning import wan_i2v
 from opensora_like.conditioning.masks import given_frames, inference_condition
 from opensora_like.datasets.aspect import shape_table
-from opensora_like.datasets.video_io import BadSample, is_image, probe, read_frames, read_image, resize_crop
+from opensora_like.datasets.resize import resize_crop
+from opensora_like.datasets.video_io import BadSample, is_image, probe, read_frames, read_image
 from opensora_like.evaluation.placement import in_use
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of
 from opensora_like.evaluation.shared_video import Inputs, cut_sequence, is_leader, receive, send

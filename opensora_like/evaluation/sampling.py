@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from opensora_like.boosters.sequence_parallel import SequenceGroup
 from opensora_like.datasets.resize import to_frames
-from opensora_like.datasets.video_io import write_image, write_video
+from opensora_like.datasets.video_writing import write_image, write_video
 from opensora_like.evaluation.first_image import make_first_images, with_first_image
 from opensora_like.evaluation.generate import Frozen, Sampled, VideoGenerator, build_frozen, video_size
 from opensora_like.evaluation.jobs import plan, share, video_path

@@ -14,7 +14,7 @@ from torch import Tensor
 from opensora_like.datasets.batch import BucketShape
 from opensora_like.datasets.latent_store import open_store
 from opensora_like.datasets.resize import psnr, to_frames
-from opensora_like.datasets.video_io import write_image, write_video
+from opensora_like.datasets.video_writing import write_image, write_video
 from opensora_like.models.base import Autoencoder
 from opensora_like.preparation.captions import Clip
 from opensora_like.preparation.sinks import Sink

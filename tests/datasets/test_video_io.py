@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from opensora_like.datasets import video_io
+from opensora_like.datasets import video_io, video_writing
 from opensora_like.datasets.display import Turn, turn_of_matrix
-from opensora_like.datasets.resize import to_frames
-from opensora_like.datasets.video_io import BadSample, VideoInfo, center_crop, is_image, probe, read_frames, resize_crop
+from opensora_like.datasets.resize import center_crop, resize_crop, to_frames
+from opensora_like.datasets.video_io import BadSample, VideoInfo, is_image, probe, read_frames
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from make_clips import cut, note_decoded, numbered_frames, numbers_of, turn, write_clip, write_fakes
@@ -227,20 +227,20 @@ def test_resize_is_that_of_the_published_system():
 def test_written_videos_are_read_back(tmp_path):
     """Frames survive within coding noise, count and rate exactly; what cannot be written is refused."""
     frames = numbered_frames(9, 48, 64)
-    video_io.write_video(tmp_path / "new/a.mp4", frames, 23.976)
+    video_writing.write_video(tmp_path / "new/a.mp4", frames, 23.976)
     assert probe(tmp_path / "new/a.mp4") == VideoInfo(9, 48, 64, 23.976)
     back = read_frames(tmp_path / "new/a.mp4", range(9))
     assert np.abs(back.astype(int) - frames).mean() < 4
-    video_io.write_image(tmp_path / "a.png", frames[3])
+    video_writing.write_image(tmp_path / "a.png", frames[3])
     np.testing.assert_array_equal(video_io.read_image(tmp_path / "a.png")[0], frames[3])
     with pytest.raises(ValueError, match="even sizes, got 63 x 48"):
-        video_io.write_video(tmp_path / "b.mp4", frames[:, :, :63], 24)
+        video_writing.write_video(tmp_path / "b.mp4", frames[:, :, :63], 24)
     with pytest.raises(ValueError, match=r"uint8 \[T, H, W, 3\], got float64"):
-        video_io.write_video(tmp_path / "b.mp4", frames / 255, 24)
+        video_writing.write_video(tmp_path / "b.mp4", frames / 255, 24)
     with pytest.raises(ValueError, match="fps=0"):
-        video_io.write_video(tmp_path / "b.mp4", frames, 0)
+        video_writing.write_video(tmp_path / "b.mp4", frames, 0)
     with pytest.raises(ValueError, match="1 frame, got 9"):
-        video_io.write_image(tmp_path / "b.png", frames)
+        video_writing.write_image(tmp_path / "b.png", frames)
 
 
 def test_open_files_stay_flat(clips, tmp_path):

@@ -13,7 +13,8 @@ import torch
 
 from opensora_like import runtime as rt
 from opensora_like.config import read_config
-from opensora_like.datasets.video_io import read_frames, read_image, resize_crop
+from opensora_like.datasets.resize import resize_crop
+from opensora_like.datasets.video_io import read_frames, read_image
 from opensora_like.evaluation.first_image import image_size
 from opensora_like.evaluation.sampling import build_sampling
 from opensora_like.models.flux_image import FluxImage

@@ -12,7 +12,8 @@ import torch
 
 from opensora_like.checkpoint.export import checkpoint_weights, export_weights
 from opensora_like.config import read_config
-from opensora_like.datasets.video_io import probe, read_frames, read_image, write_image
+from opensora_like.datasets.video_io import probe, read_frames, read_image
+from opensora_like.datasets.video_writing import write_image
 from opensora_like.evaluation.generate import Sampled, VideoGenerator
 from opensora_like.evaluation.prompts import read_prompts
 from opensora_like.settings import InferenceConfig

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from opensora_like.config import read_config
-from opensora_like.datasets.video_io import write_image
+from opensora_like.datasets.video_writing import write_image
 from opensora_like.evaluation.generate import VideoGenerator
 from opensora_like.evaluation.prompts import read_prompts
 from opensora_like.evaluation.shared_video import cut_sequence

@@ -17,7 +17,8 @@ import torch
 
 from opensora_like import runtime as rt
 from opensora_like.config import read_config
-from opensora_like.datasets.video_io import probe, read_frames, write_image, write_video
+from opensora_like.datasets.video_io import probe, read_frames
+from opensora_like.datasets.video_writing import write_image, write_video
 from opensora_like.evaluation.generate import Sampled, VideoGenerator
 from opensora_like.evaluation.jobs import plan, record_path, share
 from opensora_like.evaluation.prompts import read_prompts

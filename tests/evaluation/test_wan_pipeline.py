@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora_like.config import read_config
-from opensora_like.datasets.video_io import write_image
+from opensora_like.datasets.video_writing import write_image
 from opensora_like.evaluation.generate import VideoGenerator
 from opensora_like.evaluation.jobs import jobs_of
 from opensora_like.evaluation.prompts import read_prompts

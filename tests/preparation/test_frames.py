@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from opensora_like.datasets.resize import resize_crop
-from opensora_like.datasets.video_io import BadSample, VideoInfo, read_frames, write_video
+from opensora_like.datasets.video_io import BadSample, VideoInfo, read_frames
+from opensora_like.datasets.video_writing import write_video
 from opensora_like.preparation.frames import FrameChoice, Pick, Picture, read_clip
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/dfm_a.json").read_text())

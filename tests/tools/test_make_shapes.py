@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from opensora_like.datasets.video_io import probe, read_frames, write_video
+from opensora_like.datasets.video_io import probe, read_frames
+from opensora_like.datasets.video_writing import write_video
 from opensora_like.evaluation.shapes import score
 from opensora_like.evaluation.world import COLOURS, Combination, clip_generator, draw_clip, to_video
 from tools import make_shapes, score_shapes
