@@ -45,17 +45,16 @@ def letter_tokenizer(max_length: int):
     return PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=max_length, **ends)
 
 
-def save_flux(folder: Path, *, with_encoders: bool) -> None:
-    """A FluxPipeline, as diffusers saves it; its text encoders are those of `save_t5` and `save_clip`."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import ByT5Tokenizer, CLIPTextModel, T5EncoderModel
+def build_flux(*, num_layers: int = 1):
+    """diffusers' FLUX transformer with so many blocks of each kind."""
+    from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
+    return FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=num_layers,
+        num_single_layers=num_layers,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=WIDTH,
@@ -63,6 +62,14 @@ def save_flux(folder: Path, *, with_encoders: bool) -> None:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
+
+
+def save_flux(folder: Path, *, with_encoders: bool) -> None:
+    """A FluxPipeline, as diffusers saves it; its text encoders are those of `save_t5` and `save_clip`."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from transformers import ByT5Tokenizer, CLIPTextModel, T5EncoderModel
+
+    transformer = build_flux()
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,

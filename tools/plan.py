@@ -12,6 +12,7 @@ Nothing is trained and no weights are read; all but --measure needs no GPU. A li
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -28,12 +29,15 @@ from opensora_like.config import read_config
 from opensora_like.datasets.balance import Balance, balance_plan, utilisation
 from opensora_like.datasets.bucket import Buckets, compile_buckets
 from opensora_like.datasets.cost import COEFFICIENTS, CostModel, Grid, Measured, calibrate
-from opensora_like.datasets.plan import EpochPlan, build_plan, steps_in_epoch
-from opensora_like.datasets.video_text import open_table
+from opensora_like.datasets.latent_store import open_store
+from opensora_like.datasets.plan import EpochPlan, steps_in_epoch
 from opensora_like.registry import MODELS, build, fit_arguments
 from opensora_like.settings import RunConfig
 from opensora_like.training import measure, resources
 from opensora_like.training.batch_size import with_batch_sizes
+from opensora_like.training.cached import KIND, cached_encoders
+from opensora_like.training.data import build_dataset
+from opensora_like.training.held_out_loss import hold_out
 
 WORLDS = (8, 64)  # at which utilisation is always printed
 UNIFORM_MICRO_BATCHES = 20_000
@@ -68,8 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Args: arguments: of the command line, None for this process'. Returns: the exit code."""
     args, overrides = parse_arguments(arguments)
     try:
-        cfg = with_batch_sizes(read_config(args.config, overrides, schema=RunConfig).config, args.world_size)
-        return run(args, cfg)
+        cfg = read_config(args.config, overrides, schema=RunConfig).config
+        if args.buckets:
+            cfg = dataclasses.replace(cfg, bucket_config=_bucket_config(args.buckets))
+        return run(args, with_batch_sizes(cfg, args.world_size))
     except (ValueError, FileNotFoundError) as problem:
         print(f"plan.py: {problem}", file=sys.stderr)
         return 2
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace, cfg: RunConfig) -> int:
     model = measure.build_on_meta(cfg.model, where="model")
     autoencoder = measure.build_on_meta(cfg.autoencoder, where="autoencoder")
     grid = resources.grid_of(model, autoencoder)
-    buckets = compile_buckets(_bucket_config(args, cfg), multiple=grid.spatial)
+    buckets = compile_buckets(cfg.bucket_config, multiple=grid.spatial)
     if args.measure:
         return measure_steps(args, cfg, buckets, grid)
     if args.calibrate:
@@ -104,14 +110,12 @@ def run(args: argparse.Namespace, cfg: RunConfig) -> int:
     return 0
 
 
-def _bucket_config(args: argparse.Namespace, cfg: RunConfig) -> dict:
-    if not args.buckets:
-        return cfg.bucket_config
+def _bucket_config(path: str) -> dict:
     from mmengine.config import Config
 
-    found = Config.fromfile(args.buckets).to_dict()
+    found = Config.fromfile(path).to_dict()
     if "bucket_config" not in found:
-        raise ValueError(f"--buckets {args.buckets!r} sets {sorted(found)} and no bucket_config")
+        raise ValueError(f"--buckets {path!r} sets {sorted(found)} and no bucket_config")
     return found["bucket_config"]
 
 
@@ -138,7 +142,9 @@ def predict(
     work = measure.measure_work(model, text_length=text_length)
     memory = measure.measure_memory(model, text_length=text_length)
     by_pixels = sorted(buckets.shapes, key=lambda s: s.num_frames * s.height * s.width)
-    encode = measure.measure_autoencoder(autoencoder, by_pixels[0], by_pixels[-1])
+    encode = measure.EncodeUse(0.0, 0.0, 0.0, 0)
+    if cfg.dataset.get("type") != KIND:
+        encode = measure.measure_autoencoder(autoencoder, by_pixels[0], by_pixels[-1])
     cost = resources.cost_model(work, encode_flops_per_pixel=encode.flops_per_pixel, text_flops=text_flops)
     rank = resources.Rank(resources.GPUS[args.gpu], args.mfu, static.total + frozen, split)
     table = Grid2D(title=f"A rank of {args.world_size} x {args.gpu}, layout {layout}, {split} per sample", min_width=60)
@@ -158,9 +164,12 @@ def predict(
 
 
 def _frozen(cfg: RunConfig, autoencoder) -> tuple[float, float, int, list[str]]:
-    """Bytes of the frozen models, operations of the text encoders per caption, text tokens, and what is not known."""
-    held = sum(p.numel() for p in autoencoder.parameters()) * BYTES.get(cfg.autoencoder.get("dtype") or "fp32", 4)
-    flops, length, notes = 0.0, 0, []
+    """Bytes of the frozen models, operations of the text encoders per caption, text tokens, and notes."""
+    cached, notes = _cached(cfg)
+    held = 0.0
+    if cached is None:
+        held += sum(p.numel() for p in autoencoder.parameters()) * BYTES.get(cfg.autoencoder.get("dtype") or "fp32", 4)
+    flops, length = 0.0, 0
     for name, section in cfg.encoders.items():
         if section.get("tiny") is not None:
             encoder = build(section, MODELS, where=f"encoders.{name}")
@@ -168,12 +177,26 @@ def _frozen(cfg: RunConfig, autoencoder) -> tuple[float, float, int, list[str]]:
         else:
             published = Path(str(section.get("from_pretrained"))).name
             elements, tokens = ENCODERS.get(published, 0.0), section.get("max_length", resources.DEFAULT_TEXT)
-            if not elements:
+            if not elements and name not in (cached or ()):
                 notes.append(f"encoders.{name}: the size of {published!r} is not known, it is counted as 0")
+        length = max(length, tokens)
+        if name in (cached or ()):
+            continue
         held += elements * BYTES.get(section.get("dtype") or "bf16", 2)
         flops += 2 * elements * tokens
-        length = max(length, tokens)
     return held, flops, length or resources.DEFAULT_TEXT, notes
+
+
+def _cached(cfg: RunConfig) -> tuple[list[str] | None, list[str]]:
+    """The encoders that a run on cached latents does not build, None for a run that reads videos; and a note on it."""
+    if cfg.dataset.get("type") != KIND:
+        return None, []
+    folder = Path(str(cfg.dataset.get("cache_path")))
+    if not folder.exists():
+        names, why = list(cfg.encoders), f"store {str(folder)!r} does not exist, it is taken to have all embeddings"
+    else:
+        names, why = cached_encoders(cfg, open_store(folder)), f"store {str(folder)!r}"
+    return names, [f"not built, since cached: the autoencoder, encoders {names} ({why})"]
 
 
 def print_buckets(
@@ -241,13 +264,12 @@ def print_epoch(
 
 
 def _plan(cfg: RunConfig, buckets: Buckets, grid: Grid) -> tuple[EpochPlan, str]:
-    path = cfg.dataset.get("data_path")
-    if path and Path(path).exists():
-        fps_max = cfg.dataset.get("fps_max", 24.0)
-        table = open_table(path, memory_efficient=False, with_motion=False)
-        plan = build_plan(table, buckets, fps_max=fps_max, seed=cfg.seed, epoch=0)
-        return plan, f"epoch 0 of {path}"
-    return resources.uniform_plan(buckets, UNIFORM_MICRO_BATCHES), "no table, clips of uniform length"
+    paths = [cfg.dataset[key] for key in ("cache_path", "data_path") if cfg.dataset.get(key)]
+    if not paths or not all(Path(path).exists() for path in paths):
+        return resources.uniform_plan(buckets, UNIFORM_MICRO_BATCHES), "no table, clips of uniform length"
+    dataset = build_dataset(cfg, multiple=grid.spatial)
+    hold_out(cfg, dataset)
+    return dataset.plan(0), f"epoch 0 of {paths[-1]}"
 
 
 def measure_steps(args: argparse.Namespace, cfg: RunConfig, buckets: Buckets, grid: Grid) -> int:

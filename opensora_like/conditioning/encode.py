@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class Encode:
         condition_config: task -> relative frequency; None is t2v only.
         guidance: constant for models with a guidance embedding.
         sample_posterior: draw latents from the autoencoder's posterior instead of taking its mean.
-        sharing: the ranks with which the samples of each batch are dealt for encoding; None encodes them all.
+        sharing: the ranks with which the samples of each batch are dealt; None encodes them all.
 
     Raises:
         ValueError: the model needs a condition that nothing makes, or a setting names a condition it does not take.
@@ -74,57 +75,86 @@ class Encode:
         self._tasks = dict(condition_config) if condition_config else {"t2v": 1.0}
         self._grey = self._needs_visual and wan_i2v.takes_grey_clips(model)
         self._image_encoders = [name for name, encoder in self.encoders.items() if hasattr(encoder, "encode_images")]
-        _check_conditions(model.condition_names, self.encoders, self._dropout)
-        check_condition_config(
-            self._tasks, is_causal=autoencoder.is_causal, temporal_stride=autoencoder.temporal_stride
+        check_conditions(
+            model, autoencoder, self.encoders, dropout_ratio=dropout_ratio, condition_config=condition_config
         )
-        if set(self._tasks) != {"t2v"} and not self._needs_visual:
-            raise ValueError(
-                f"condition_config has {sorted(self._tasks)}, but the model takes no visual condition; "
-                "set --model.cond_embed True or leave condition_config at None"
-            )
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Inputs:
-        x0, video = self._latents(batch)
+        video = self._pixels(batch)
+        x0 = self._latents(batch, video)
         conditions = {name: self._text(name, batch) for name in self.encoders if name not in self._image_encoders}
         if self._needs_guidance:
             conditions["guidance"] = torch.full((len(batch),), self._guidance, device=self._device)
         given_BT = None
         if self._needs_visual:
-            generators = [rng.generator(self._seed, "task", batch.epoch, row) for row in batch.rows]
-            tasks = draw_tasks(
-                self._tasks,
-                x0.shape[2],
-                generators,
-                is_causal=self.autoencoder.is_causal,
-                temporal_stride=self.autoencoder.temporal_stride,
-            )
-            references = {name: z.to(self._device, non_blocking=True) for name, z in batch.references.items()}
-            if self._grey:
-                conditions["visual"], given_BT = wan_i2v.training_condition(self.autoencoder, video, tasks)
-            else:
-                found = visual_condition(self.autoencoder, video, x0, tasks, references=references)
-                conditions["visual"], given_BT = found
-            for name in self._image_encoders:
-                conditions[name] = self.encoders[name].encode_images(wan_i2v.first_given(video, tasks))
+            visual, given_BT = self._visual(batch, x0, video)
+            conditions |= visual
         return Inputs(x0, conditions, given_BT)
 
-    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Clean latents in float32, and the pixels they come from where there are any."""
+    def _own(self, batch: Batch) -> list[int]:
+        """The samples that this rank encodes from pixels."""
+        if self._sharing is None or batch.latents_BCTHW is not None:
+            return list(range(len(batch)))
+        return self._sharing.own(len(batch), batch.index)
+
+    def _joined(self, part: Tensor, batch: Batch) -> Tensor:
+        """Of all samples, from what this rank made of its own."""
+        if self._sharing is None or batch.latents_BCTHW is not None:
+            return part
+        return self._sharing.joined(part, len(batch), batch.index)
+
+    def _pixels(self, batch: Batch) -> Tensor | None:
+        """Of the samples that this rank encodes, grey where it encodes to no end; None where latents are cached."""
+        if batch.latents_BCTHW is not None:
+            return None
+        own, shape = self._own(batch), batch.shape
+        video = batch.video_BCTHW
+        if video is not None:
+            video = video.to(self._device, non_blocking=True)
+        if batch.places is None:
+            return video if self._sharing is None else video[own]
+        if missing := len(own) - len(batch.places):
+            grey = torch.zeros(missing, 3, shape.num_frames, shape.height, shape.width, device=self._device)
+            video = grey if video is None else torch.cat([video, grey])
+        return video
+
+    def _latents(self, batch: Batch, video: Tensor | None) -> Tensor:
+        """Clean latents in float32, of all samples. Args: video: as `_pixels` gives it."""
         generator = None
         if self._sample_posterior:
             generator = rng.generator(self._seed, "posterior", batch.epoch, batch.rows[0], device=self._device)
         if batch.latents_BCTHW is not None:
             mean = batch.latents_BCTHW.to(self._device, torch.float32, non_blocking=True)
             std = batch.latents_std_BCTHW
-            return draw_latents(mean, None if std is None else std.to(self._device, non_blocking=True), generator), None
-        video = batch.video_BCTHW.to(self._device, non_blocking=True)
+            return draw_latents(mean, None if std is None else std.to(self._device, non_blocking=True), generator)
         if self._sharing is None:
-            return self.autoencoder.encode(video, generator).float(), video
-        posterior = self.autoencoder.posterior(video[self._sharing.own(len(batch))])
-        whole = [None if part is None else self._sharing.joined(part, len(batch)) for part in posterior]
-        return draw_latents(*whole, generator), video
+            return self.autoencoder.encode(video, generator).float()
+        posterior = self.autoencoder.posterior(video)
+        whole = [None if part is None else self._joined(part, batch) for part in posterior]
+        return draw_latents(*whole, generator)
+
+    def _visual(self, batch: Batch, x0: Tensor, video: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Conditions of the given frames, and which latent frames these are. Args: video: as `_pixels` gives it."""
+        generators = [rng.generator(self._seed, "task", batch.epoch, row) for row in batch.rows]
+        tasks = draw_tasks(
+            self._tasks,
+            x0.shape[2],
+            generators,
+            is_causal=self.autoencoder.is_causal,
+            temporal_stride=self.autoencoder.temporal_stride,
+        )
+        own = self._own(batch)
+        tasks = [tasks[i] for i in own]
+        if self._grey:
+            visual, given_BT = wan_i2v.training_condition(self.autoencoder, video, tasks)
+        else:
+            references = {name: z.to(self._device, non_blocking=True) for name, z in batch.references.items()}
+            visual, given_BT = visual_condition(self.autoencoder, video, x0[own], tasks, references=references)
+        found = {"visual": visual}
+        for name in self._image_encoders:
+            found[name] = self.encoders[name].encode_images(wan_i2v.first_given(video, tasks))
+        return {name: self._joined(part, batch) for name, part in found.items()}, self._joined(given_BT, batch)
 
     def _text(self, name: str, batch: Batch) -> Tensor:
         """Embeddings of the captions, the dropped ones replaced by the embedding of the empty caption."""
@@ -133,8 +163,8 @@ class Encode:
         elif self._sharing is None or getattr(self.encoders[name], "tp", False):  # all of its ranks have to call
             embeddings = self.encoders[name].encode(batch.text)
         else:
-            own = self.encoders[name].encode([batch.text[i] for i in self._sharing.own(len(batch))])
-            embeddings = self._sharing.joined(own, len(batch))
+            own = self.encoders[name].encode([batch.text[i] for i in self._sharing.own(len(batch), batch.index)])
+            embeddings = self._sharing.joined(own, len(batch), batch.index)
         ratio = self._dropout.get(name, 0.0)
         if not ratio:
             return embeddings
@@ -144,16 +174,38 @@ class Encode:
         return torch.where(dropped.view(-1, *[1] * (embeddings.ndim - 1)), null, embeddings)
 
 
-def _check_conditions(wanted: frozenset[str], encoders: Mapping, dropout: Mapping[str, float]) -> None:
-    made = {*encoders, "guidance", "visual"}
+def check_conditions(
+    model: Denoiser,
+    autoencoder: Autoencoder,
+    encoders: Mapping[str, Any],
+    *,
+    dropout_ratio: Mapping[str, float],
+    condition_config: Mapping[str, float] | None,
+) -> None:
+    """Whether the settings of `Encode` fit each other; nothing is computed, so weights are not needed.
+
+    Args:
+        encoders: condition name -> encoder or its class.
+
+    Raises:
+        ValueError: as `Encode`.
+    """
+    wanted, made = model.condition_names, {*encoders, "guidance", "visual"}
     if missing := sorted(wanted - made):
         raise ValueError(f"encoders: the model needs {missing}, none is configured; add encoders.{missing[0]}")
     if unused := sorted(set(encoders) - wanted):
         raise ValueError(f"encoders.{unused[0]}: the model does not take it; {nearest(unused[0], wanted)}")
-    for name, ratio in dropout.items():
+    for name, ratio in dropout_ratio.items():
         if name not in encoders:
             raise ValueError(f"dropout_ratio.{name}: there is no such encoder; {nearest(name, encoders)}")
         if hasattr(encoders[name], "encode_images"):
             raise ValueError(f"dropout_ratio.{name}: it encodes given frames, which are not dropped; remove it")
         if not 0 <= ratio <= 1:
             raise ValueError(f"dropout_ratio.{name}={ratio} is not a probability; use 0 to 1")
+    tasks = condition_config or {"t2v": 1.0}
+    check_condition_config(tasks, is_causal=autoencoder.is_causal, temporal_stride=autoencoder.temporal_stride)
+    if set(tasks) != {"t2v"} and "visual" not in wanted:
+        raise ValueError(
+            f"condition_config has {sorted(tasks)}, but the model takes no visual condition; "
+            "set --model.cond_embed True or leave condition_config at None"
+        )

@@ -32,8 +32,8 @@ from opensora_like.training.batch_size import with_batch_sizes
 from opensora_like.training.build import build_frozen
 from opensora_like.training.cached import check_no_pixels_needed
 from opensora_like.training.data import build_dataset
+from opensora_like.training.data_checks import build_outline
 from opensora_like.training.held_out_loss import hold_out
-from opensora_like.training.measure import build_on_meta
 
 LOG_EVERY = 100  # batches of rank 0
 PATIENCE = datetime.timedelta(days=14)
@@ -71,14 +71,14 @@ def cache_table(cfg: RunConfig, folder: Path, *, epochs: int = 1, batch_size: in
     check_no_pixels_needed(cfg)
     runtime = rt.start(timeout_minutes=cfg.timeout_minutes)
     cfg = with_batch_sizes(_without_parallel_encoders(cfg), runtime.world_size)
-    autoencoder, encoders = build_frozen(cfg, runtime.device)
-    multiple = autoencoder.spatial_stride * build_on_meta(cfg.model, where="model").patch_size
-    dataset = build_dataset(cfg, multiple=multiple)
+    outline = build_outline(cfg, None)
+    dataset = build_dataset(cfg, multiple=outline.autoencoder.spatial_stride * outline.model.patch_size)
     if not isinstance(dataset, VideoText):
         raise ValueError(
             f"dataset.type={cfg.dataset['type']!r} has no clips to encode; give the config that trains from videos, "
             "with dataset.type='video_text'"
         )
+    autoencoder, encoders = build_frozen(cfg, runtime.device)
     encode = _Encoding(cfg, autoencoder, encoders, runtime.device)
     fingerprint = _fingerprint(cfg, dataset, autoencoder, encode)
     work = _Work(cfg, dataset, runtime, epochs=epochs, batch_size=batch_size)

@@ -32,18 +32,16 @@ from opensora_like.datasets.plan import (
 )
 from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
 from opensora_like.models.lora import dropout_of
-from opensora_like.models.stand_ins import CachedAutoencoder
 from opensora_like.registry import BOOSTERS, MODELS, SCHEDULERS, build
 from opensora_like.runtime import Runtime, logger
 from opensora_like.settings import RunConfig
 from opensora_like.training.adapters import add_adapters
 from opensora_like.training.batch_size import with_batch_sizes
-from opensora_like.training.cached import open_cached
+from opensora_like.training.cached import Cached, open_cached
 from opensora_like.training.compilation import compile_parts
-from opensora_like.training.data import batches_from, build_balance, build_dataset, grid_of, loss_weights, make_plan_of
-from opensora_like.training.data_checks import check_data
+from opensora_like.training.data import batches_from, build_balance, grid_of, loss_weights, make_plan_of
+from opensora_like.training.data_checks import build_checked_dataset, build_outline
 from opensora_like.training.ema import EMA
-from opensora_like.training.held_out_loss import hold_out
 from opensora_like.training.offload import build_offload
 from opensora_like.training.optim import build_rates, optimizer_factory
 from opensora_like.training.pretrained import build_unfilled, log_peak_memory
@@ -74,18 +72,18 @@ def build_run(
     folder, lock = open_run_folder(asked, runtime, config_name)
     rt.set_up_logging(runtime, folder / "log.txt")
     booster = build_booster(cfg, runtime)
-    unfilled = build_unfilled(cfg, booster, runtime.world_size)
+    cached = open_cached(cfg)
+    outline = build_outline(cfg, cached)
+    dataset = build_checked_dataset(cfg, runtime, booster, outline)
+    scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=outline.model.patch_size)
+    schedule = make_schedule(cfg, dataset, booster)
+    unfilled = build_unfilled(cfg, booster, runtime.world_size)  # from here on weights are made and read
     model = build_model(cfg) if unfilled is None else unfilled.model
     tensor_group = getattr(booster, "tensor_group", None)
-    autoencoder, encoders = build_frozen(cfg, runtime.device, tensor_group=tensor_group)
-    dataset = build_dataset(cfg, multiple=autoencoder.spatial_stride * model.patch_size)
-    hold_out(cfg, dataset)
-    sizes = {"dp_size": booster.dp_size, "accumulation": cfg.accumulation_steps}
-    check_data(dataset, autoencoder, **sizes, with_plan=cfg.load is None or cfg.steps is None)
+    autoencoder, encoders = build_frozen(cfg, runtime.device, tensor_group=tensor_group, cached=cached)
     sharing = build_sharing(booster.dp_rank, dp_size=booster.dp_size)
-    dealing = None if isinstance(autoencoder, CachedAutoencoder) else sharing  # latents are read where they are used
+    dealing = sharing if cached is None else None  # cached latents are read where they are used
     encode = build_encode(cfg, runtime.device, model, autoencoder, encoders, sharing=sharing)
-    scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=model.patch_size)
     compile_parts(cfg, model, autoencoder)
     wrapped = booster.prepare(model, optimizer_factory(cfg.optim, device=runtime.device))
     if unfilled is not None:
@@ -93,7 +91,6 @@ def build_run(
     for group in booster.param_groups:
         group["base_lr"] = cfg.optim["lr"]
     ema = EMA(booster, cfg.ema_decay) if cfg.ema_decay is not None else None
-    schedule = make_schedule(cfg, dataset, booster)
     balance = build_balance(cfg, dataset, autoencoder, encoders)
     plan_of = make_plan_of(cfg, runtime, dataset, balance)
     checkpoints = build_checkpoints(cfg, runtime, folder, dataset, booster, ema, balance, text=config_text(asked))
@@ -160,26 +157,27 @@ def build_model(cfg: RunConfig) -> Denoiser:
 
 
 def build_frozen(
-    cfg: RunConfig, device: torch.device, *, tensor_group: ProcessGroup | None = None
+    cfg: RunConfig, device: torch.device, *, tensor_group: ProcessGroup | None = None, cached: Cached | None = None
 ) -> tuple[Autoencoder, dict[str, TextEncoder]]:
     """Autoencoder and text encoders, frozen, on the device; those with ``tp`` cut over `tensor_group`.
 
-    Where latents and embeddings are cached, `stand_ins` without weights.
+    Args:
+        cached: the stand-ins of a run on cached latents, as `open_cached` gives them.
 
     Raises:
-        ValueError: an encoder with ``tp`` where the booster has no group for it; see also `open_cached`.
+        ValueError: an encoder with ``tp`` where the booster has no group for it.
     """
-    cached = open_cached(cfg)
+    for name, section in cfg.encoders.items():
+        if section.get("tp") and tensor_group is None:
+            raise ValueError(
+                f"encoders.{name}.tp=True needs tensor parallelism, and booster={dict(cfg.booster)!r} has none"
+            )
     autoencoder = build(cfg.autoencoder, MODELS, where="autoencoder") if cached is None else cached.autoencoder
     encoders = dict(cached.encoders) if cached is not None else {}
     missing = {name: section for name, section in cfg.encoders.items() if name not in encoders}
     encoders |= {name: build(section, MODELS, where=f"encoders.{name}") for name, section in missing.items()}
-    for name, encoder in encoders.items():
+    for encoder in encoders.values():
         if getattr(encoder, "tp", False):
-            if tensor_group is None:
-                raise ValueError(
-                    f"encoders.{name}.tp=True needs tensor parallelism, and booster={dict(cfg.booster)!r} has none"
-                )
             encoder.cut(partial(cut_t5, group=tensor_group))
     for module in (autoencoder, *encoders.values()):
         module.requires_grad_(False).eval().to(device)

@@ -38,8 +38,7 @@ def open_cached(cfg: RunConfig) -> Cached | None:
     if cfg.dataset.get("type") != KIND or "cache_path" not in cfg.dataset:
         return None  # a missing key is an error of the dataset
     store = open_store(cfg.dataset["cache_path"])
-    names = [n.removeprefix("embeddings.") for n in store.tensor_names() if n.startswith("embeddings.")]
-    cached = [name for name in cfg.encoders if name in names]
+    cached = cached_encoders(cfg, store)
     _check_encoders(cfg, store, cached)
     _check_settings(cfg, store)
     if missing := [name for name in cached if name not in store.null]:
@@ -49,6 +48,11 @@ def open_cached(cfg: RunConfig) -> Cached | None:
         )
     texts = {name: CachedText(name, store.null[name]) for name in cached}
     return Cached(CachedAutoencoder(store.fingerprint["latents"]), texts)
+
+
+def cached_encoders(cfg: RunConfig, store: LatentStore) -> list[str]:
+    """Names of the encoders of a run whose embeddings `store` has."""
+    return [name for name in cfg.encoders if f"embeddings.{name}" in store.tensor_names()]
 
 
 def check_no_pixels_needed(cfg: RunConfig) -> None:

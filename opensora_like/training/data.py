@@ -112,9 +112,6 @@ def batches_from(
         accumulation=cfg.accumulation_steps,
     )
     on_gpu = runtime.device.type == "cuda"
-    for name in ("pin_memory", "device_prefetch"):
-        if getattr(cfg, name) and not on_gpu:
-            raise ValueError(f"{name}=True needs a GPU, and the device is {runtime.device}; remove it")
     make = make_loader if dealing is None else partial(make_dealt_loader, dealing=dealing)
     batches = make(
         dataset,

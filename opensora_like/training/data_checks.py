@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from opensora_like.boosters.base import Booster
+from opensora_like.conditioning.encode import check_conditions
 from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.bucket import Buckets
 from opensora_like.datasets.cost import Grid
 from opensora_like.datasets.diagnosis import Steps
 from opensora_like.datasets.plan import Position, check_long_enough, steps_in_epoch
-from opensora_like.models.base import Autoencoder
+from opensora_like.models.base import Autoencoder, Denoiser
+from opensora_like.registry import MODELS, resolve
+from opensora_like.runtime import Runtime
 from opensora_like.settings import RunConfig
 from opensora_like.training.batch_size import ranks_per_sample, with_batch_sizes
+from opensora_like.training.cached import Cached
+from opensora_like.training.data import build_dataset
+from opensora_like.training.held_out_loss import hold_out
+from opensora_like.training.measure import build_on_meta
+
+
+class Outline(NamedTuple):
+    """Models of a run that tell sizes and conditions, without memory for their weights."""
+
+    model: Denoiser
+    autoencoder: Autoencoder
+
+
+def build_outline(cfg: RunConfig, cached: Cached | None) -> Outline:
+    """Nothing is read or drawn for it. Args: cached: as `open_cached` gives it."""
+    model = build_on_meta(cfg.model, where="model")
+    return Outline(model, build_on_meta(cfg.autoencoder, where="autoencoder") if cached is None else cached.autoencoder)
+
+
+def build_checked_dataset(cfg: RunConfig, runtime: Runtime, booster: Booster, outline: Outline) -> ClipDataset:
+    """The run's dataset, once data and settings were found to fit each other: before minutes are spent on weights.
+
+    Raises:
+        ValueError: as `check_data` and `check_conditions`; settings of loading that need a GPU where there is none.
+        FileNotFoundError: no such table.
+    """
+    for name in ("pin_memory", "device_prefetch"):
+        if getattr(cfg, name) and runtime.device.type != "cuda":
+            raise ValueError(f"{name}=True needs a GPU, and the device is {runtime.device}; remove it")
+    encoders = {name: resolve(c.get("type"), MODELS, where=f"encoders.{name}") for name, c in cfg.encoders.items()}
+    settings = {"dropout_ratio": cfg.dropout_ratio, "condition_config": cfg.condition_config}
+    check_conditions(outline.model, outline.autoencoder, encoders, **settings)
+    dataset = build_dataset(cfg, multiple=outline.autoencoder.spatial_stride * outline.model.patch_size)
+    hold_out(cfg, dataset)
+    sizes = {"dp_size": booster.dp_size, "accumulation": cfg.accumulation_steps}
+    check_data(dataset, outline.autoencoder, **sizes, with_plan=cfg.load is None or cfg.steps is None)
+    return dataset
 
 
 def bucket_errors(buckets: Buckets, autoencoder: Autoencoder) -> list[str]:

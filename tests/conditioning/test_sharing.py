@@ -16,14 +16,22 @@ CASES = Path(__file__).parents[1] / "distributed/sharing_cases.py"
 
 
 def test_every_rank_has_all_and_encodes_its_part(tmp_path: Path) -> None:
-    """The same inputs as one rank makes, up to rounding; bit-equal on all ranks; B / n samples encoded by each."""
+    """The same inputs as one rank makes of all pixels, up to rounding; bit-equal on all ranks; each has the pixels of
+    its own samples and encodes B / n, given frames and grey clips included."""
     done = subprocess.run([sys.executable, CASES, tmp_path], capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr
     ranks = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json"))]
     assert len(ranks) == 3
-    for size, encoded in ((1, 1), (2, 1), (3, 1), (5, 2)):
-        found = [rank[str(size)] for rank in ranks]
-        assert all(f[0] < 1e-5 and f[1] == encoded for f in found), (size, found)
+    for case, encoded in (
+        ("build 1", 1),
+        ("build 2", 1),
+        ("build 3", 1),
+        ("build 5", 2),
+        ("build_wan 1", 1),
+        ("build_wan 5", 2),
+    ):
+        found = [rank[case] for rank in ranks]
+        assert all(f[0] < 1e-5 and f[1] == encoded for f in found), (case, found)
         assert len({f[2] for f in found}) == 1
 
 

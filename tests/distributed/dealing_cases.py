@@ -49,9 +49,9 @@ RUNS = {
 class CountedVideos(ToyVideos):
     """Toy clips that write down what is read; those of the rows `bad` cannot be."""
 
-    def __init__(self, bad: tuple = (), **arguments) -> None:
-        super().__init__(**arguments)
-        self.bad = frozenset(bad)
+    def __init__(self, bad: list[int] | None = None, *, bucket_config: dict, multiple: int, seed: int) -> None:
+        super().__init__(bucket_config=bucket_config, multiple=multiple, seed=seed)
+        self.bad = frozenset(bad or ())
         self.reads = Path(os.environ["READS"])
 
     def read(self, row: int, shape: BucketShape, epoch: int) -> Sample:

@@ -9,22 +9,12 @@ from opensora_like.models.mmdit.adapt import adapt
 from opensora_like.models.mmdit.convert import split_qkv, to_interleaved_rope, to_liger_rope
 from opensora_like.models.mmdit.diffusers_layout import from_diffusers, to_diffusers
 from opensora_like.models.mmdit.tokens import patchify, position_ids, unpatchify
+from tests.stand_ins import WIDTH, build_flux
 
 
 @pytest.fixture(scope="module")
 def flux() -> FluxTransformer2DModel:
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=12,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
+    model = build_flux(num_layers=2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5)
@@ -32,7 +22,7 @@ def flux() -> FluxTransformer2DModel:
 
 
 def ours(**changes) -> MMDiT:
-    sizes = {"in_channels": 16, "vec_in_dim": 12, "context_in_dim": 24, "hidden_size": 32, "num_heads": 2}
+    sizes = {"in_channels": 16, "vec_in_dim": WIDTH, "context_in_dim": WIDTH, "hidden_size": 32, "num_heads": 2}
     more = {"depth": 2, "depth_single_blocks": 2, "axes_dim": (4, 6, 6), "guidance_embed": True}
     return MMDiT(**(sizes | more | changes)).eval()
 
@@ -44,7 +34,7 @@ def test_an_image_gets_the_same_velocity(flux, changes):
     weights, notes = adapt(flux.state_dict(), model := ours(**changes))
     model.load_state_dict(weights)
     assert any("diffusers" in note for note in notes)
-    x, text, pooled = torch.randn(2, 4, 1, 4, 6), torch.randn(2, 5, 24), torch.randn(2, 12)
+    x, text, pooled = torch.randn(2, 4, 1, 4, 6), torch.randn(2, 5, WIDTH), torch.randn(2, WIDTH)
     t, guidance = torch.tensor([0.3, 0.9]), torch.tensor([4.0, 1.0])
     theirs = flux(
         patchify(x, 2),

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opensora_like.datasets.balance import Balance, balance_plan, utilisation
 from opensora_like.datasets.bucket import compile_buckets
 from opensora_like.datasets.cost import COEFFICIENTS, CostModel, Grid
+from opensora_like.datasets.latent_store import StoreWriter, finish
 from opensora_like.datasets.plan import build_plan, steps_in_epoch
 from opensora_like.datasets.shard_writer import write_shards
 from opensora_like.datasets.table import read_table
@@ -184,6 +185,59 @@ def test_an_epoch_is_that_of_the_table(plan, tmp_path):
         assert int(found[1]) == steps and f"epoch 0 of {path}" in " ".join(out.split())
         assert float(found[2]) == pytest.approx(slowest / (resources.GPUS["h200"].tflops * 0.4), rel=0.01)
         assert float(found[3]) == pytest.approx(float(found[2]) * steps / 3600, rel=0.01)
+
+
+def test_rows_that_are_left_out_are_in_no_plan(plan, tmp_path):
+    """Neither those of dataset.quarantine nor those that validation.share holds out."""
+    rows = range(400)
+    table = ["path,text,num_frames,height,width,fps", *(f"{n}.mp4,x,9,48,48,24" for n in rows)]
+    (tmp_path / "t.csv").write_text("\n".join(table))
+    (tmp_path / "bad.csv").write_text("\n".join(["row,path", *(f"{n},{n}.mp4" for n in rows if n % 2)]))
+    given = ["--world-size", 1, "--dataset.data-path", "t.csv", "--bucket-config.32px", "{9: (1.0, 4)}"]
+    given += ["--bucket-config.48px", "{9: (0.0, 1)}"]
+    for left_out, steps in (
+        ([], {100}),
+        (["--dataset.quarantine", "bad.csv"], {50}),
+        (["--validation", "{'every': 1, 'share': 0.25}"], range(60, 90)),
+    ):
+        code, out, errors = plan(*given, *left_out)
+        assert code == 0, errors
+        assert int(re.search(r"an epoch: (\d+) steps", out)[1]) in steps
+
+
+def make_store(folder, *names):
+    """Of clips of 9 frames and 32 x 32 pixels, with embeddings of these names."""
+    facts = {"latent_channels": 12, "temporal_stride": 1, "spatial_stride": 2, "is_causal": False}
+    with StoreWriter(folder, fingerprint={"latents": {**facts, "has_deviation": False}}) as writer:
+        for n in range(40):
+            tensors = {"latents": torch.zeros(12, 9, 16, 16)} | {f"embeddings.{k}": torch.zeros(16, 64) for k in names}
+            about = {"text": "x", "num_frames": 9, "height": 32, "width": 32, "fps": 24.0}
+            writer.add(f"{n}", tensors, {"path": f"{n}.mp4", **about})
+    finish(folder)
+
+
+def test_what_is_cached_is_neither_held_nor_computed(plan, tmp_path):
+    """On cached latents no autoencoder counts, and of the text encoders those without embeddings; the epoch is that
+    of the store. A store that is not there yet is taken to have them all."""
+    vae = {"type": "hunyuan_vae", "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
+    given = ["--world-size", 1, "--autoencoder", {**vae, "block_out_channels": (4, 4, 8, 8)}]
+    (tmp_path / "buckets.py").write_text('bucket_config = {"32x32": {9: (1.0, 4)}}')
+    given += ["--buckets", "buckets.py"]
+    make_store(tmp_path / "whole", "text")
+    make_store(tmp_path / "latents")
+    held, per_sample, per_pixel = {}, {}, {}
+    for name in ("videos", "whole", "latents", "absent"):
+        dataset = {} if name == "videos" else {"type": "latents", "cache_path": name}
+        code, out, errors = plan(*given, *(["--dataset", dataset] if dataset else []))
+        assert code == 0, errors
+        held[name] = float(re.search(r"frozen models\D+(\S+)", out)[1])
+        cost = dict(re.findall(r"(per_\w+) (\S+)", out))
+        per_sample[name], per_pixel[name] = float(cost["per_sample"]), float(cost["per_pixel"])
+        assert ("does not exist" in out) == (name == "absent")
+        assert name not in ("whole", "latents") or ("an epoch: 10 steps" in out and f"epoch 0 of {name}" in out)
+    assert held["whole"] == held["absent"] == 0 < held["latents"] < held["videos"]
+    assert per_sample["whole"] == per_sample["absent"] < per_sample["latents"] == per_sample["videos"]
+    assert per_pixel["whole"] == per_pixel["latents"] == per_pixel["absent"] == 0 < per_pixel["videos"]
 
 
 def test_measured_steps_give_coefficients(plan, tmp_path):

@@ -6,6 +6,7 @@ from opensora_like.datasets.bucket import compile_buckets
 from opensora_like.datasets.cost import Grid
 from opensora_like.models.autoencoders.patch import PatchAutoencoder
 from opensora_like.training.data_checks import bucket_errors, bucket_notes
+from tests.training.harness import build_toy
 
 GRID = Grid(temporal=4, spatial=16)
 
@@ -33,3 +34,27 @@ def test_tokens_that_ranks_cannot_share_evenly_are_counted(sp_size):
     uneven = {buckets.name(b) + buckets.ratios[b] for b, count in enumerate(tokens) if count % sp_size}
     assert (f"does not divide the image tokens of {len(uneven)} buckets of one ratio" in notes) == bool(uneven)
     assert ("nothing to do" in notes) == (min(tokens) < sp_size)
+
+
+ABSENT = ["--encoders.text", "{'type': 't5', 'from_pretrained': 'no/such/weights'}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "{'type': 'video_text', 'data_path': 'none.csv'}"], "table 'none.csv' does not exist"),
+        (["--dataset", "{'type': 'video_text', 'data_pth': 'none.csv'}"], "data_pth"),
+        (["--accumulation-steps", "1000"], "one step takes 1000"),
+        (["--bucket-config", "{'8px_ar1:1': {5: (1.0, 0)}}"], "bucket_config"),
+        (["--dropout-ratio", "{'txet': 0.1}"], r"dropout_ratio\.txet: there is no such encoder"),
+        (["--condition-config", "{'i2v_haed': 1}"], "i2v_haed"),
+        (["--scheduler", "{'type': 'flow_matching', 'shift': -1.0}"], "shift=-1.0"),
+        (["--pin-memory", "True"], "pin_memory=True needs a GPU"),
+        (["--encoders.text.tp", "True"], r"encoders\.text\.tp=True needs tensor parallelism"),
+        ([], "no/such/weights"),  # and nothing but that is wrong with the others
+    ],
+)
+def test_data_and_settings_are_looked_at_before_any_encoder_is_built(tmp_path, arguments, message):
+    """What a run cannot go on with is said first, though the weights of an encoder are not there either."""
+    with pytest.raises((ValueError, OSError), match=message):
+        build_toy(tmp_path, *ABSENT, *arguments)
