@@ -135,14 +135,29 @@ def split_arguments(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def parse_literal(text: str) -> Any:
-    """A Python literal as people type it: none, true, 1e3, (1.0, 4), [1, 2], {...}; anything else is text."""
+    """A Python literal as people type it: none, true, 1e3, (1.0, 4), {...}, dict(a=1); anything else is text."""
     named = {"none": None, "true": True, "false": False}
     if text.lower() in named:
         return named[text.lower()]
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(_Dicts().visit(ast.parse(text.strip(), mode="eval")))
     except (ValueError, SyntaxError):
         return text
+
+
+class _Dicts(ast.NodeTransformer):
+    """``dict(a=1)``, as configs have it, becomes ``{"a": 1}``."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        named = [(ast.Constant(pair.arg), pair.value) for pair in node.keywords if pair.arg]
+        if (
+            not isinstance(node.func, ast.Name)
+            or node.func.id != "dict"
+            or len(named) < len(node.keywords) + len(node.args)
+        ):
+            return node
+        return ast.Dict([key for key, _ in named], [value for _, value in named])
 
 
 def value_from_words(key: str, words: Sequence[str], hint: Any) -> Any:

@@ -159,7 +159,7 @@ class RunConfig:
     keep_every: int = setting(
         0, doc="checkpoints of updates that are multiples of this are kept beside the newest ones; 0 keeps none so"
     )
-    async_io: bool = setting(False, doc="write checkpoints in the background; a step waits for the copy only")
+    async_io: bool = setting(False, doc="write checkpoints in the background; a step waits for copies only")
     on_save_error: Literal["stop", "continue"] = setting("stop", doc="what to do when a checkpoint cannot be written")
     load: str | None = setting(None, doc="checkpoint to resume from, or 'latest' of this run's folder")
     load_weights_only: bool = setting(

@@ -74,6 +74,7 @@ ACCEPTED = [
     (["--plugin", "zero1"], "booster.plugin", "zero1"),
     (["--start-step", "0", "--start-epoch", "0"], "start_step", 0),
     (["--condition_config", "{'t2v': 1, 'i2v_head': 5}"], "condition_config", {"t2v": 1.0, "i2v_head": 5.0}),
+    (["--condition_config", "dict(t2v=1, i2v_head=5)"], "condition_config", {"t2v": 1.0, "i2v_head": 5.0}),
     (["--load", "o/epoch0-global_step9", "o/epoch0-global_step10"], "load", "o/epoch0-global_step10"),
     (["--steps", "-1"], "steps", -1),
 ]
@@ -107,6 +108,8 @@ REFUSED = [
     (["--steps", "many"], "int"),
     (["--steps", "1.5"], "int"),
     (["--lr", "fast"], "lr"),
+    (["--condition_config", "dict(print(1), t2v=1)"], "condition_config=.* must be a dict, not str"),
+    (["--condition_config", "dict(t2v=open('x'))"], "condition_config=.* must be a dict, not str"),
     (["--dtype", "bf61"], "bf16"),
     (["--lr"], "needs a value"),
     (["--lr", "1", "2"], "one value"),

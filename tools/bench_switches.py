@@ -1,7 +1,7 @@
 """What one setting gains: whole steps with and without it in turn, in one run.
 
 python tools/bench_switches.py CONFIG --compile_blocks inductor [--num_steps 40] [-- --key value ...]
-torchrun --nproc_per_node 2 tools/bench_switches.py CONFIG --booster.plugin_config "dict(reduce_bucket_size_in_m=1)"
+torchrun --nproc_per_node 2 tools/bench_switches.py CONFIG --booster.plugin_config "{'reduce_bucket_size_in_m': 1}"
 
 Settings before `--` make the difference, those after it hold for both. The first steps of each, in which compilation
 takes place, are not counted. The median step of each block counts, so that a pause of the machine does not.
