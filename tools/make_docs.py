@@ -20,10 +20,10 @@ base's dict, everything else replaces it; `_delete_=True` in a dict replaces the
 same name.
 
 On the command line, after the config: `--optim.lr 1e-5`, `--optim.lr=1e-5`, `optim.lr=1e-5`, and bare `--wandb` for
-True; `-` in a key counts as `_`. Values are Python literals: `none`, `1e3`, `"(1.0, 4)"`, `"[1, 2]"`, `"dict(a=1)"`; one that
-does not fit the type of its setting is refused. `--dump` prints the resolved config, `--explain optim.lr` says which
-file and line, or which flag, set a value. The resolved config is written into the run's folder and can be given as a
-config itself.
+True; `-` in a key counts as `_`. Values are Python literals: `none`, `1e3`, `"(1.0, 4)"`, `"[1, 2]"`, `"dict(a=1)"`.
+One that does not fit the type of its setting is refused. `--dump` prints the resolved config, `--explain optim.lr` says
+which file and line, or which flag, set a value. The resolved config is written into the run's folder and can be given
+as a config itself.
 """
 
 

@@ -6,20 +6,24 @@ python tools/parity_matrix.py --out parity.md --worlds 2 --only ddp zero2
 
 Real processes over gloo, one launch for each number of them, all layouts within. Each run takes 10 steps with active
 clipping on the same global batch. The reference in float32 is plain torch on the joined batch; in bfloat16 it is the
-same booster in one process, beside how far one-process runs are apart that add gradients in other orders. Then
-every layout writes a checkpoint, which layouts of the same and of later launches read.
+same booster in one process, beside the spread: how far one-process runs are apart that cut the same batch into other
+micro-batches, of samples in other orders. Then every layout writes a checkpoint, which layouts of the same and of
+later launches read.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,13 +41,13 @@ from opensora_like.models.lora import add_lora
 from opensora_like.models.mmdit import MMDiT
 from opensora_like.registry import BOOSTERS, build
 from opensora_like.training.ema import EMA
-from tests.distributed.parity_harness import CPU, TrainingRun, everywhere, groups_given_back, is_part_of, saves
+from tests.distributed.parity_harness import CPU, LossOf, TrainingRun, everywhere, groups_given_back, is_part_of, saves
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, CLIP, SAMPLES = 10, 0.3, 8
 WORLDS = (2, 4, 1)  # in this order: a launch reads what the ones before have written
 ACCUMULATIONS = (1, 2)
-ORDERS = (1, 2, 4, 8)  # micro-batches of one process in bfloat16: as many orders of adding up gradients
+CUTS, SHUFFLES = (1, 2, 4, 8), (0, 1, 2)  # micro-batches and sample orders of one process in bfloat16: the spread
 EVERY = 4  # in 2 processes each layout reads all checkpoints; else its own, and by turns one in so many of the others
 LOSS_ROUNDING = 3e-2  # of a forward in bfloat16 against one in float32; measured: see the table
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["qkv", "proj", "linear1", "linear2"]}
@@ -85,6 +89,7 @@ def colossal(plugin: str, extra: str = "", multiple: int = 1, *, half_only: bool
 
 SP = {"sp_size": 2, "enable_sequence_parallelism": True}
 RING = SP | {"sequence_parallelism_mode": "ring_attn"}
+SPLIT = {"tp_size": 2, "enable_sequence_parallelism": True, "sequence_parallelism_mode": "split_gather"}
 LAYOUTS: tuple[Layout, ...] = (
     plain("ddp", "ddp"),
     plain("ddp sp2", "ddp", 2, sp_size=2),
@@ -98,9 +103,11 @@ LAYOUTS: tuple[Layout, ...] = (
     colossal("hybrid", "sp2", 2, **SP),
     colossal("hybrid", "sp2 ring_attn", 2, **RING),
     colossal("hybrid", "tp2 sp2", 4, tp_size=2, **SP),
+    colossal("hybrid", "tp2 split_gather", 2, **SPLIT),
     colossal("hybrid", half_only=True, zero_stage=2),
     colossal("hybrid", "tp2", 2, half_only=True, tp_size=2, zero_stage=2),
     colossal("hybrid", "sp2 ring_attn", 2, half_only=True, zero_stage=2, **RING),
+    colossal("hybrid", "tp2 split_gather", 2, half_only=True, zero_stage=2, **SPLIT),
     plain("fsdp2", "fsdp2"),
     plain("fsdp2 hsdp2", "fsdp2", 4, dp_replicate_size=2),
     plain("fsdp2 tp2", "fsdp2", 2, tp_size=2),
@@ -120,6 +127,7 @@ class Key(NamedTuple):
     dtype: str
     lora: bool
     accumulation: int
+    shuffle: int = 0  # which order the samples of each global batch are in
 
 
 class Track(NamedTuple):
@@ -152,23 +160,25 @@ def build_model(seed: int, *, lora: bool = False) -> nn.Module:
     return model
 
 
-def data(step: int) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+def data(step: int) -> dict[str, Tensor]:
     """The global batch of a step: x, t, conditions, target; 3 text and 18 image tokens, shared unevenly."""
     generator = torch.Generator().manual_seed(1000 + step)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(SAMPLES, *shape, generator=generator)
 
-    conditions = {"text": draw(3, 7), "pooled": draw(6)}
-    return draw(5, 2, 3, 3), torch.rand(SAMPLES, generator=generator), conditions, draw(5, 2, 3, 3)
+    batch = {"text": draw(3, 7), "pooled": draw(6), "x": draw(5, 2, 3, 3)}
+    return batch | {"t": torch.rand(SAMPLES, generator=generator), "target": draw(5, 2, 3, 3)}
 
 
-def loss_of(model: nn.Module, step: int, part: int, parts: int) -> Tensor:
-    """On one of equal parts of the global batch."""
-    x, t, conditions, target = data(step)
-    mine = {name: value.chunk(parts)[part] for name, value in conditions.items()}
-    out = model(x.chunk(parts)[part], t.chunk(parts)[part], mine)
-    return (out.float() - target.chunk(parts)[part]).square().mean()
+def loss_of(model: nn.Module, step: int, part: int, parts: int, *, shuffle: int = 0) -> Tensor:
+    """On one of equal parts of the global batch; `shuffle` above 0 is an order of its samples."""
+    order = torch.arange(SAMPLES)
+    if shuffle:
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(1000 * shuffle + step))
+    mine = {name: value[order.chunk(parts)[part]] for name, value in data(step).items()}
+    out = model(mine["x"], mine["t"], {name: mine[name] for name in ("text", "pooled")})
+    return (out.float() - mine["target"]).square().mean()
 
 
 def optimizer_of(kind: str) -> OptimizerFactory:
@@ -179,7 +189,14 @@ def optimizer_of(kind: str) -> OptimizerFactory:
 
 
 def run_of(
-    layout: Layout, *, dtype: str, optim: str, accumulation: int = 1, seed: int = 0, lora: bool = False
+    layout: Layout,
+    *,
+    dtype: str,
+    optim: str,
+    accumulation: int = 1,
+    seed: int = 0,
+    lora: bool = False,
+    loss: LossOf = loss_of,
 ) -> TrainingRun:
     """Ready to step."""
     return TrainingRun(
@@ -188,7 +205,7 @@ def run_of(
         grad_clip=CLIP,
         model=build_model(seed, lora=lora),
         optimizer=optimizer_of(optim),
-        loss_of=loss_of,
+        loss_of=loss,
         accumulation=accumulation,
     )
 
@@ -211,7 +228,8 @@ def reference(*, lora: bool) -> Track:
 
 def track(layout: Layout, key: Key) -> Track:
     """Train; the weights are on rank 0."""
-    run = run_of(layout, dtype=key.dtype, optim="sgd", accumulation=key.accumulation, lora=key.lora)
+    loss = partial(loss_of, shuffle=key.shuffle)
+    run = run_of(layout, dtype=key.dtype, optim="sgd", accumulation=key.accumulation, lora=key.lora, loss=loss)
     return Track([run.step(step) for step in range(STEPS)], run.whole()["master"])
 
 
@@ -219,9 +237,11 @@ def keys_of(layout: Layout, world: int) -> list[Key]:
     """What a layout runs in a launch; in one process bfloat16 also in all orders, to see how far these are apart."""
     keys = []
     for dtype in layout.dtypes:
-        accumulations = ORDERS if world == 1 and dtype == "bf16" else ACCUMULATIONS
+        orders = [(accumulation, 0) for accumulation in ACCUMULATIONS]
+        if world == 1 and dtype == "bf16":
+            orders = list(product(CUTS, SHUFFLES))
         for lora in (False, True) if layout.lora else (False,):
-            keys += [Key(layout.name, dtype, lora, accumulation) for accumulation in accumulations]
+            keys += [Key(layout.name, dtype, lora, *order) for order in orders]
     return keys
 
 
@@ -290,7 +310,11 @@ def chosen(only: Sequence[str]) -> list[Layout]:
 
 
 def launch(world: int, folder: Path, only: Sequence[str]) -> Found:
-    """Run `work` in that many processes; what they print is shown as it comes."""
+    """Run `work` in that many processes, unless they have left their findings; what they print is shown as it comes."""
+    if (folder / f"world{world}.pt").exists():
+        return torch.load(folder / f"world{world}.pt", weights_only=False)
+    for left in folder.glob(f"{world} *"):
+        shutil.rmtree(left)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     start = [sys.executable]
     if world > 1:
@@ -305,6 +329,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "boosters.md")
     parser.add_argument("--worlds", type=int, nargs="+", default=list(WORLDS), help="numbers of processes; 1 is added")
     parser.add_argument("--only", nargs="+", default=[], help="words; layouts whose names hold one of them")
+    parser.add_argument("--folder", type=Path, help="keep all in it; go on from a run that was cut short")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work is not None:
@@ -314,10 +339,12 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     worlds = [*(world for world in WORLDS if world in arguments.worlds and world != 1), 1]
-    with tempfile.TemporaryDirectory() as folder:
-        found = {world: launch(world, Path(folder), arguments.only) for world in worlds}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {world: launch(world, folder, arguments.only) for world in worlds}
     truth = {lora: reference(lora=lora) for lora in (False, True)}
-    put_into(arguments.out, tables(found, truth, chosen(arguments.only), ACCUMULATIONS, orders=ORDERS))
+    put_into(arguments.out, tables(found, truth, chosen(arguments.only), ACCUMULATIONS, cuts=CUTS, shuffles=SHUFFLES))
     wrong = [move for each in found.values() for move, exact in each.moves.items() if not exact]
     print(f"{arguments.out}: written after {time.monotonic() - began:.0f} s")
     if wrong:

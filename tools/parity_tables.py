@@ -6,11 +6,12 @@ import datetime
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
+BAR = 1e-5  # of float32, for losses and norms relatively, for weights absolutely
 PACKAGES = ("torch", "colossalai", "deepspeed")
 
 
@@ -22,7 +23,7 @@ class Difference(NamedTuple):
     weights: float
 
     def __str__(self) -> str:
-        return " / ".join(f"{number:.0e}".replace("e-0", "e-").replace("0e+00", "0") for number in self)
+        return " / ".join(_short(number) for number in self)
 
 
 def difference(one: Any, other: Any) -> Difference:
@@ -33,13 +34,18 @@ def difference(one: Any, other: Any) -> Difference:
     return Difference(loss, norm, max((one.weights[n] - w).abs().max().item() for n, w in other.weights.items()))
 
 
+def largest_of_pairs(tracks: Sequence[Any]) -> Difference:
+    """The largest differences of any two."""
+    return Difference(*map(max, zip(*(difference(a, b) for a, b in combinations(tracks, 2)), strict=True)))
+
+
 class Matrix:
     """What the launches found, by row and column.
 
     Args:
         found: number of processes -> what its launch found.
         truth: with LoRA or not -> the track of plain torch in float32.
-        orders: micro-batches of the runs of one process in bfloat16.
+        cuts, shuffles: micro-batches and sample orders of the runs of one process in bfloat16.
     """
 
     def __init__(
@@ -49,9 +55,10 @@ class Matrix:
         layouts: Sequence[Any],
         accumulations: Sequence[int],
         *,
-        orders: Sequence[int],
+        cuts: Sequence[int],
+        shuffles: Sequence[int],
     ) -> None:
-        self.found, self.truth, self.layouts, self.orders = found, truth, layouts, orders
+        self.found, self.truth, self.layouts, self.orders = found, truth, layouts, list(product(cuts, shuffles))
         self.columns = [(world, n) for world in sorted(found) for n in accumulations]
         # names of runs are tuples, so that this file knows nothing of their class
         self._tracks = {world: {tuple(k): t for k, t in each.tracks.items()} for world, each in found.items()}
@@ -63,40 +70,81 @@ class Matrix:
 
     def cells(self, layout: Any, dtype: str, lora: bool, against: Any) -> list[Difference | None]:
         """One for each column: the difference from the track `against`."""
-        tracks = [self._tracks[world].get((layout.name, dtype, lora, n)) for world, n in self.columns]
+        tracks = [self._tracks[world].get((layout.name, dtype, lora, n, 0)) for world, n in self.columns]
         return [None if track is None or against is None else difference(track, against) for track in tracks]
 
-    def alone(self, layout: Any, lora: bool, accumulation: int) -> Any:
-        """The track of the same booster in one process, in bfloat16; None where it was not run."""
-        return self._tracks[1].get((layout.alone, "bf16", lora, accumulation))
+    def alone(self, layout: Any, lora: bool, order: tuple[int, int] = (1, 0)) -> Any:
+        """The track of the same booster in one process, in bfloat16; None where it was not run.
+
+        Args:
+            order: micro-batches, and order of the samples.
+        """
+        return self._tracks[1].get((layout.alone, "bf16", lora, *order))
 
     def spread(self, layout: Any, lora: bool) -> Difference | None:
         """The largest differences of any two runs of one process in bfloat16 that add gradients in other orders."""
-        tracks = [self.alone(layout, lora, n) for n in self.orders]
-        if any(track is None for track in tracks):
-            return None
-        return Difference(*map(max, zip(*(difference(a, b) for a, b in combinations(tracks, 2)), strict=True)))
+        tracks = [self.alone(layout, lora, order) for order in self.orders]
+        return None if any(track is None for track in tracks) else largest_of_pairs(tracks)
+
+    def left_out(self) -> list[float]:
+        """By how much each run of one process but the joined one is outside the spread of all others: 1 is its edge."""
+        found = []
+        for layout, lora in self.rows("bf16"):
+            tracks = [self.alone(layout, lora, order) for order in self.orders]
+            if layout.name != layout.alone or any(track is None for track in tracks):
+                continue
+            for i in range(1, len(tracks)):
+                spread = largest_of_pairs([track for j, track in enumerate(tracks) if j != i])
+                found.append(max(over_spread([difference(tracks[i], tracks[0])], spread)))
+        return found
 
 
 def float32_table(matrix: Matrix) -> list[str]:
     """Against plain torch."""
     rows = [(each, lora, matrix.cells(each, "fp32", lora, matrix.truth[lora])) for each, lora in matrix.rows("fp32")]
-    return _table(_heads(matrix), [[_name(each, lora), *cells] for each, lora, cells in rows])
+    lines = _table(_heads(matrix), [[_name(each, lora), *cells] for each, lora, cells in rows])
+    there = [cell for _, _, cells in rows for cell in cells if cell is not None]
+    largest = Difference(*(max(column) for column in zip(*there, strict=True)))
+    over = [_name(each, lora) for each, lora, cells in rows if any(cell and max(cell) > BAR for cell in cells)]
+    told = f"{len(rows) - len(over)} of {len(rows)} rows are within what is asked; the largest of all: {largest}."
+    return [*lines, "", f"{told} Not within: {', '.join(over)}." if over else told]
 
 
 def bfloat16_table(matrix: Matrix) -> list[str]:
     """Against one process, beside the spread of one process and its distance from float32."""
-    lines, furthest = [], 0.0
+    lines, over, measured = [], [], 0
     for layout, lora in matrix.rows("bf16"):
-        joined, spread = matrix.alone(layout, lora, 1), matrix.spread(layout, lora)
+        joined, spread = matrix.alone(layout, lora), matrix.spread(layout, lora)
         cells = matrix.cells(layout, "bf16", lora, joined)
         rounding = None if joined is None else difference(joined, matrix.truth[lora])
-        lines.append([_name(layout, lora), *cells, spread, rounding])
-        if spread is not None:
-            ratios = [a / b for cell in cells if cell is not None for a, b in zip(cell, spread, strict=True) if b]
-            furthest = max([furthest, *ratios])
-    heads = [*_heads(matrix), "spread of one process", "one process against float32"]
-    return [*_table(heads, lines), "", f"The largest number of a row over its spread: {furthest:.1f}."]
+        ratio = None if spread is None else over_spread([cell for cell in cells if cell is not None], spread)
+        lines.append([_name(layout, lora), *cells, spread, ratio, rounding])
+        measured += ratio is not None
+        if ratio is not None and max(ratio) > 1:
+            over.append(_name(layout, lora))
+    heads = [*_heads(matrix), "spread of one process", "largest / spread", "one process against float32"]
+    told = f"{measured - len(over)} of {measured} rows are within their spread in all three numbers"
+    alone = matrix.left_out()
+    outside = [ratio for ratio in alone if ratio > 1]
+    said = f" Of the one-process runs themselves, {len(outside)} of {len(alone)} are outside the spread of the others"
+    said += f", by a factor of {max(outside):.1f} at most." if outside else "."
+    return [*_table(heads, lines), "", (f"{told}; not: {', '.join(over)}." if over else f"{told}.") + said]
+
+
+class Ratio(NamedTuple):
+    """Of differences over others, number by number."""
+
+    loss: float
+    norm: float
+    weights: float
+
+    def __str__(self) -> str:
+        return " / ".join(f"{number:.1f}" for number in self)
+
+
+def over_spread(cells: Sequence[Difference], spread: Difference) -> Ratio:
+    """The largest cell over the spread, for each number."""
+    return Ratio(*(max(column) / limit for column, limit in zip(zip(*cells, strict=True), spread, strict=True)))
 
 
 def moves_table(found: Mapping[int, Any]) -> list[str]:
@@ -118,24 +166,27 @@ def tables(
     layouts: Sequence[Any],
     accumulations: Sequence[int],
     *,
-    orders: Sequence[int],
+    cuts: Sequence[int],
+    shuffles: Sequence[int],
 ) -> str:
     """All of it; see `Matrix`."""
-    matrix = Matrix(found, truth, layouts, accumulations, orders=orders)
+    matrix = Matrix(found, truth, layouts, accumulations, cuts=cuts, shuffles=shuffles)
     kinds = [f"{name} {_version(name)}" for name in PACKAGES]
     lines = [
         f"Measured on {datetime.date.today()} by `python tools/parity_matrix.py`: python {platform.python_version()},"
         f" {', '.join(kinds)}, {platform.machine()} CPU, gloo; {len(truth[False].steps)} steps of SGD with momentum,"
-        f" clipping active in each, {max(orders)} samples in each global batch. A cell is the largest difference of"
+        f" clipping active in each, {max(cuts)} samples in each global batch. A cell is the largest difference of"
         " losses (relative) / of gradient norms (relative) / of final weights (absolute).",
         "",
-        "**float32**, against plain torch in one process on the joined batch:",
+        f"**float32**, against plain torch in one process on the joined batch; {_short(BAR)} is asked for each number:",
         "",
         *float32_table(matrix),
         "",
-        "**bfloat16**, against the same booster in one process on the joined batch. The spread is the"
-        f" largest difference of any two one-process runs that add gradients in other orders: of {list(orders)}"
-        " micro-batches.",
+        "**bfloat16**, against the same booster in one process on the joined batch. The spread is the largest"
+        f" difference of any two of {len(matrix.orders)} runs of the same booster in one process on the same batches:"
+        f" in {list(cuts)} micro-batches, each with the samples in {len(shuffles)} orders, which moves the places where"
+        " gradients are rounded as more processes do. Tensor parallelism and rings round within a forward besides,"
+        " where no order of one process does.",
         "",
         *bfloat16_table(matrix),
         "",
@@ -148,6 +199,10 @@ def tables(
     ]
     absent = {f"- {name} was not run: {why}" for each in found.values() for name, why in each.absent.items()}
     return "\n".join([*lines, "", *sorted(absent)]).rstrip()
+
+
+def _short(number: float) -> str:
+    return f"{number:.0e}".replace("e-0", "e-").replace("0e+00", "0")
 
 
 def _heads(matrix: Matrix) -> list[str]:

@@ -29,7 +29,7 @@ from opensora_like.boosters.colossalai_policy import check_heads, find_cuts
 from opensora_like.boosters.colossalai_zero import ZeroPlugin
 from opensora_like.boosters.plan import plan_of
 from opensora_like.boosters.strips import gather_strips
-from opensora_like.boosters.tensor_parallel import per_head_names
+from opensora_like.boosters.tensor_parallel import TensorCut, per_head_names
 from opensora_like.boosters.update import OptimizerState, check_numbers, sum_of_squares
 from opensora_like.registry import BOOSTERS, nearest
 
@@ -139,9 +139,7 @@ class ColossalAIBooster:
         for module, name, buffer in buffers:  # the cast took them along; a position table in bfloat16 is useless
             module._buffers[name] = buffer.to(self._device)
         self._state = OptimizerState(self._optimizer.optim, self._update.masters, self._own)
-        self._per_head = (
-            [n for n in per_head_names(model, plan_of(model, where=WHERE)) if n in parameters] if cuts else []
-        )
+        self._partial = self._partial_names(model, cuts)
         with torch.no_grad():
             for name, weights in exact.items():  # ColossalAI makes masters of weights that it has already rounded
                 self._update.masters[name].view(-1)[: len(weights)] = weights
@@ -168,7 +166,7 @@ class ColossalAIBooster:
     def step(self) -> float:
         """Clip, update, spread the weights. Returns: the norm before clipping."""
         gradients = dict(self._update.gradients())
-        self._sum_per_head(gradients)
+        self._sum_partial(gradients)
         norm = self._total_norm(gradients).item()
         if math.isfinite(norm):  # ColossalAI would clip by it all the same and turn every weight into nan
             self._update.step(norm)
@@ -210,13 +208,20 @@ class ColossalAIBooster:
         sizes = {key: getattr(self._options, key, 1) for key in ("tp_size", "sp_size")}
         check_heads(model, **sizes, mode=getattr(self._options, "sequence_parallelism_mode", ""))
 
-    def _sum_per_head(self, gradients: Mapping[str, Tensor]) -> None:
-        """Over the ranks whose heads they come from."""
-        shared = [gradients[name] for name in self._per_head if name in gradients]
-        if shared:
-            flat = torch.cat([g.reshape(-1) for g in shared]).to(self._device)
+    def _partial_names(self, model: nn.Module, cuts: Mapping[str, TensorCut]) -> list[str]:
+        """Parameters of which the ranks that share linears have a part of the gradient each."""
+        if self._groups.tokens_follow_linears:
+            return [name for name in self._parts if name not in cuts]
+        names = per_head_names(model, plan_of(model, where=WHERE)) if cuts else []
+        return [name for name in names if name in self._parts]
+
+    def _sum_partial(self, gradients: Mapping[str, Tensor]) -> None:
+        """Over the ranks whose heads, or tokens, they come from; a bucket at a time."""
+        shared = [gradients[name] for name in self._partial if name in gradients]
+        for bucket in layout.buckets(shared, self._options.reduce_bucket_size_in_m * 2**20):
+            flat = torch.cat([g.reshape(-1) for g in bucket]).to(self._device)
             dist.all_reduce(flat, group=self._groups.tensor)
-            for gradient, part in zip(shared, flat.split([g.numel() for g in shared]), strict=True):
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     def _total_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from opensora_like.boosters.colossalai_layout import Groups, Part
-from opensora_like.boosters.colossalai_options import DTYPES, SEQUENCE_MODES, HybridOptions
+from opensora_like.boosters.colossalai_options import DTYPES, SEQUENCE_MODES, SPLIT_GATHER, HybridOptions
 from opensora_like.boosters.colossalai_policy import build_policy
 from opensora_like.boosters.colossalai_updates import ReplicatedUpdate, ShardedUpdate, Update
 from opensora_like.boosters.ddp import buffers_are_constant
@@ -32,7 +32,9 @@ class HybridPlugin:
         self._plugin = plugin = _make_plugin(options, dtype=dtype, grad_clip=grad_clip)
         mesh = plugin.pg_mesh
         sequence = None
-        if options.sp_size > 1:
+        if options.sequence_parallelism_mode == SPLIT_GATHER:
+            sequence = SequenceGroup(plugin.tp_group, dist.get_rank(plugin.tp_group), options.tp_size, "split_gather")
+        elif options.sp_size > 1:
             mode = SEQUENCE_MODES[options.sequence_parallelism_mode]
             sequence = SequenceGroup(plugin.sp_group, dist.get_rank(plugin.sp_group), options.sp_size, mode)
         self.groups = Groups(
@@ -89,7 +91,8 @@ def _make_plugin(options: HybridOptions, *, dtype: str, grad_clip: float) -> Any
 
         def __del__(self) -> None: ...
 
-    sequence = options.enable_sequence_parallelism
+    # of split_gather it would have its linears gather even parts; ours, put in their place, need no word of it
+    sequence = options.enable_sequence_parallelism and options.sequence_parallelism_mode != SPLIT_GATHER
     return Plugin(
         tp_size=options.tp_size,
         pp_size=1,

@@ -23,7 +23,8 @@ class Groups:
     Args:
         shard: those with the same piece of every weight, whose gradients are averaged: data times sequence.
         tensor: those with the other pieces; None where there is one.
-        sequence: those with the other tokens of the same samples; None where there is one.
+        sequence: those with the other tokens of the same samples, which may be those of `tensor`; None where there is
+            one.
     """
 
     shard: dist.ProcessGroup | None
@@ -36,6 +37,11 @@ class Groups:
     def tensor_size(self) -> int:
         """Ranks that share a linear."""
         return 1 if self.tensor is None else layout.ranks(self.tensor)[1]
+
+    @property
+    def tokens_follow_linears(self) -> bool:
+        """Whether the ranks that share linears share the tokens between them, see `split_gather`."""
+        return self.sequence is not None and self.sequence.mode == "split_gather"
 
 
 class Part(NamedTuple):

@@ -17,12 +17,15 @@ WHERE = "booster.plugin_config"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # ColossalAI's names -> ours, in `sequence_parallel`
 SEQUENCE_MODES = {"all_to_all": "all_to_all", "ring_attn": "ring"}
-# ColossalAI's modes in which the ranks that share linears share the tokens, too -> why they are refused
-SHARED_MODES = {
-    "split_gather": "its linears gather the tokens of one stream from parts of equal size, and our models have linears"
-    " of their own for text, for image and for both, whose parts are as uneven as the captions and clips",
-    "ring": "its backward in ColossalAI 0.5.0 gives wrong gradients; and like 'split_gather' it gathers the tokens of"
-    " one stream from parts of equal size, which text and images of our models are not",
+SPLIT_GATHER = "split_gather"  # of hybrid alone: the ranks that share linears share the tokens, too
+
+# arguments of ColossalAI's plugins that plugin_config has no use for -> why
+ELSEWHERE = {
+    "precision": "it is the run's dtype; set that",
+    "max_norm": "it is the run's grad_clip; set that",
+    "cast_inputs": "models cast their inputs themselves, all but t; remove it",
+    "custom_policy": "it is made from the model's parallel_plan(); remove it",
+    "enable_metadata_cache": "it is of pipelines, which are not supported; remove it",
 }
 
 
@@ -71,7 +74,8 @@ class HybridOptions(ZeroOptions):
         pp_size: only 1.
         sp_size: ranks that share the tokens of a sample.
         enable_sequence_parallelism: must be True where `sp_size` or the mode is set.
-        sequence_parallelism_mode: see `SequenceOptions`; None is "all_to_all".
+        sequence_parallelism_mode: see `SequenceOptions`; None is "all_to_all". Or "split_gather", which cuts the
+            tokens between the cut linears over the `tp_size` ranks, in place of `sp_size`.
         zero_stage: 0 replicates weights, gradients and optimizer over data and sequence ranks, 1 shards the
             optimizer over them, 2 the gradients as well.
         static_graph: promises DDP (`zero_stage` 0) that every step takes the same way through the model; it then
@@ -105,7 +109,7 @@ def read_options(config: Mapping[str, Any], *, plugin: str, device: torch.device
 def read_sequence_options(config: Mapping[str, Any], *, plugin: str, device: torch.device) -> SequenceOptions:
     """The options of zero1-seq or zero2-seq, checked; see `read_options`."""
     options = _read(SequenceOptions, config, plugin=plugin, device=device)
-    _check_mode(options.sequence_parallelism_mode)
+    _check_mode(options.sequence_parallelism_mode, plugin)
     _check_at_least_1(options, ("sp_size",))
     return options
 
@@ -120,7 +124,7 @@ def read_hybrid_options(config: Mapping[str, Any], *, plugin: str, device: torch
         )
     mode = options.sequence_parallelism_mode
     if mode is not None:
-        _check_mode(mode)
+        _check_mode(mode, plugin)
     if not options.enable_sequence_parallelism:
         for key, given in (("sp_size", options.sp_size > 1), ("sequence_parallelism_mode", mode is not None)):
             if given:
@@ -128,6 +132,8 @@ def read_hybrid_options(config: Mapping[str, Any], *, plugin: str, device: torch
                     f"{WHERE}.{key}={getattr(options, key)!r} has no effect while {WHERE}.enable_sequence_parallelism"
                     " is False; set it to True"
                 )
+    if mode == SPLIT_GATHER:
+        _check_split_gather(options)
     if options.zero_stage == 0:
         _check_without_zero(config)
     return dataclasses.replace(options, sequence_parallelism_mode=mode or "all_to_all")
@@ -166,7 +172,8 @@ def _read(kind: type[Options], config: Mapping[str, Any], *, plugin: str, device
     known, hints = [f.name for f in dataclasses.fields(kind)], typing.get_type_hints(kind)
     for key in config:
         if key not in known:
-            raise ValueError(f"{WHERE}.{key}: plugin {plugin!r} has no such option; {nearest(str(key), known)}")
+            hint = ELSEWHERE.get(key) or nearest(str(key), known)
+            raise ValueError(f"{WHERE}.{key}: plugin {plugin!r} has no such option; {hint}")
     options = kind(**{k: fit(v, hints[k], f"{WHERE}.{k}") for k, v in config.items()})
     _check_at_least_1(options, ("reduce_bucket_size_in_m",))
     if not options.master_weights:
@@ -186,15 +193,34 @@ def _check_at_least_1(options: ZeroOptions, keys: Iterable[str]) -> None:
             raise ValueError(f"{WHERE}.{key}={getattr(options, key)} must be 1 or more")
 
 
-def _check_mode(mode: str) -> None:
-    if mode in SHARED_MODES:
+def _check_mode(mode: str, plugin: str) -> None:
+    where = f"{WHERE}.sequence_parallelism_mode={mode!r}"
+    if mode == "ring":
         raise ValueError(
-            f"{WHERE}.sequence_parallelism_mode={mode!r} is not supported: {SHARED_MODES[mode]}; use one of"
-            f" {sorted(SEQUENCE_MODES)} with {WHERE}.sp_size, beside tp_size if need be"
+            f"{where} is not supported: its backward in ColossalAI 0.5.0 gives wrong gradients; 'split_gather' of"
+            " plugin 'hybrid' cuts the same tensors"
         )
-    if mode not in SEQUENCE_MODES:
+    if mode == SPLIT_GATHER and plugin != "hybrid":
         raise ValueError(
-            f"{WHERE}.sequence_parallelism_mode={mode!r} is not known; {nearest(mode, sorted(SEQUENCE_MODES))}"
+            f"{where} cuts tokens over ranks that share linears, and plugin {plugin!r} cuts none; use plugin 'hybrid'"
+            f" with {WHERE}.tp_size, or one of {sorted(SEQUENCE_MODES)}"
+        )
+    known = sorted([*SEQUENCE_MODES, SPLIT_GATHER])
+    if mode not in known:
+        raise ValueError(f"{where} is not known; {nearest(mode, known)}")
+
+
+def _check_split_gather(options: HybridOptions) -> None:
+    where = f"{WHERE}.sequence_parallelism_mode={SPLIT_GATHER!r}"
+    if options.tp_size == 1:
+        raise ValueError(
+            f"{where} cuts tokens over the ranks that share linears, and {WHERE}.tp_size is 1; make it 2 or more, or"
+            f" use one of {sorted(SEQUENCE_MODES)}"
+        )
+    if options.sp_size > 1:
+        raise ValueError(
+            f"{WHERE}.sp_size={options.sp_size} has no effect with {where}, which cuts tokens over the"
+            f" {WHERE}.tp_size={options.tp_size} ranks; remove it, or use one of {sorted(SEQUENCE_MODES)}"
         )
 
 

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from opensora_like.boosters.colossalai_layout import Groups
-from opensora_like.boosters.colossalai_options import WHERE
+from opensora_like.boosters.colossalai_options import SPLIT_GATHER, WHERE
 from opensora_like.boosters.plan import divisors, head_counts, modules_at, plan_of
 from opensora_like.boosters.sequence_parallel import apply_sequence_parallelism
+from opensora_like.boosters.split_gather import apply_split_gather, check_streams
 from opensora_like.boosters.tensor_parallel import TensorCut, mean_over_group
 from opensora_like.models.base import ParallelPlan
 
@@ -28,6 +29,8 @@ def check_heads(model: nn.Module, *, tp_size: int, sp_size: int, mode: str) -> N
     if tp_size * sp_size == 1:
         return
     plan = plan_of(model, where=TYPE)
+    if mode == SPLIT_GATHER:
+        check_streams(model, plan, where=f"{WHERE}.sequence_parallelism_mode={mode!r}")
     if sp_size > 1 and not hasattr(model, "sequence_cut"):
         raise ValueError(
             f"{WHERE}.sp_size={sp_size}: {type(model).__name__} cannot cut its sequence (no sequence_cut); use 1"
@@ -128,7 +131,9 @@ def build_policy(cuts: Mapping[str, TensorCut], groups: Groups) -> Any:
         def postprocess(self) -> nn.Module:
             if groups.tensor is not None:
                 _cut_norms(self.model, plan_of(self.model, where=TYPE), cuts, groups.tensor)
-            if groups.sequence is not None:
+            if groups.tokens_follow_linears:
+                apply_split_gather(self.model, plan_of(self.model, where=TYPE), groups.sequence)
+            elif groups.sequence is not None:
                 apply_sequence_parallelism(self.model, groups.sequence)
             return self.model
 

@@ -103,6 +103,18 @@ def fill_from_parts(whole: Tensor, start: int, stop: int, *, group: dist.Process
     flat.copy_(parts.view(-1)[: flat.numel()])
 
 
+def buckets(tensors: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Lists of neighbours of `most` elements in all, or of one tensor that has more."""
+    found: list[Tensor] = []
+    for tensor in tensors:
+        if found and sum(t.numel() for t in found) + tensor.numel() > most:
+            yield found
+            found = []
+        found.append(tensor)
+    if found:
+        yield found
+
+
 def gather_whole(shards: Mapping[str, Tensor], ranges: Mapping[str, ShardRange]) -> dict[str, Tensor]:
     """Whole tensors on rank 0 from even parts; every rank calls it with the same names in the same order.
 

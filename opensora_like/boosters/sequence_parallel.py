@@ -4,11 +4,13 @@ Any backend that averages gradients over all its ranks can use it: build a group
 the whole model to `apply_sequence_parallelism`, and let all ranks of a group read the same data (`data_ranks`).
 
 Gradients are exact. Each rank has the gradient of its own tokens, so the gradient of the loss is the sum over the
-group; `_Join` multiplies by the group's size, and the average that follows makes it the sum.
+group; `_Join` multiplies by the group's size, and the average that follows makes it the sum. `split_gather` shares
+tokens in another way, and sums itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from opensora_like.boosters.plan import divisors, head_counts, modules_at, plan_of
 from opensora_like.boosters.ring_attention import ring_attention
+from opensora_like.models.base import ParallelPlan
 from opensora_like.models.layers import Rope
 from opensora_like.registry import nearest
 
@@ -33,7 +36,7 @@ class SequenceGroup:
     group: dist.ProcessGroup
     rank: int  # within the group
     size: int
-    mode: Mode
+    mode: Mode | Literal["split_gather"]  # the last only of ranks that share linears, too
 
 
 def data_ranks(rank: int, world_size: int, *, sp_size: int, tp_size: int = 1) -> tuple[int, int]:
@@ -93,14 +96,12 @@ def apply_sequence_parallelism(model: nn.Module, sequence: SequenceGroup) -> Non
                     f"{where} does not divide the {heads} heads of {path}; use one of {divisors(heads)}, or"
                     " booster.sequence_parallelism_mode='ring'"
                 )
-    cut = TokenCut(sequence)
-    model.sequence_cut = cut
+    cut = TokenCut(sequence, averaged=True)
     for name, module in attention.items():
         parent, _, child = name.rpartition(".")
         kind = UlyssesAttention(module, cut) if sequence.mode == "all_to_all" else RingAttention(cut)
         setattr(model.get_submodule(parent), child, kind)
-    for _, block in modules_at(model, plan.blocks):
-        block.register_forward_pre_hook(cut.note_lengths, with_kwargs=True)
+    cut.put_into(model, plan)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class CutRope(Rope):
     """The tables of this rank's tokens; they travel with them, also into a recomputation."""
 
     lengths: tuple[int, ...] = ()  # tokens of each rank of the group
+    num_text: int = 0  # of all tokens together, the first
 
 
 class TokenCut:
@@ -115,13 +117,23 @@ class TokenCut:
 
     Nothing is padded: attention needs no mask and keeps its fast kernels. A rank may hold no image token, or none
     at all.
+
+    Args:
+        averaged: whether gradients are averaged over the group in the end; else they are summed.
     """
 
-    def __init__(self, sequence: SequenceGroup) -> None:
-        self.sequence = sequence
+    def __init__(self, sequence: SequenceGroup, *, averaged: bool) -> None:
+        self.sequence, self._factor = sequence, sequence.size if averaged else 1
         self.lengths: tuple[int, ...] = ()  # of the sequence that a block works on now
+        self.num_text = 0  # in it
 
-    def cut(self, txt_BLD: Tensor, img_BLD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Rope]:
+    def put_into(self, model: nn.Module, plan: ParallelPlan) -> None:
+        """Let `model` cut its tokens, and watch its blocks."""
+        model.sequence_cut = self
+        for _, block in modules_at(model, plan.blocks):
+            block.register_forward_pre_hook(self.note_lengths, with_kwargs=True)
+
+    def cut(self, txt_BLD: Tensor, img_BLD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, CutRope]:
         """This rank's run; see `SequenceCut`."""
         num_text, num_image = txt_BLD.shape[1], img_BLD.shape[1]
         total, size = num_text + num_image, self.sequence.size
@@ -131,14 +143,14 @@ class TokenCut:
         # how many image tokens lie before each bound
         self._image_bounds = [max(b - num_text, 0) for b in bounds]
         start, stop = bounds[self.sequence.rank], bounds[self.sequence.rank + 1]
-        mine = CutRope(rope.cos_LF[start:stop], rope.sin_LF[start:stop], rope.interleaved, lengths)
+        mine = CutRope(rope.cos_LF[start:stop], rope.sin_LF[start:stop], rope.interleaved, lengths, num_text)
         txt_BLD = txt_BLD[:, min(start, num_text) : min(stop, num_text)]
         first, last = self._image_bounds[self.sequence.rank], self._image_bounds[self.sequence.rank + 1]
         return txt_BLD, img_BLD[:, first:last], mine
 
     def join(self, img_BLD: Tensor) -> Tensor:
         """All image tokens on every rank; see `SequenceCut`."""
-        return _Join.apply(img_BLD, tuple(self._image_bounds), self.sequence)
+        return _Join.apply(img_BLD, tuple(self._image_bounds), self.sequence, self._factor)
 
     def note_lengths(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a block: which sequence its tokens are of. A recomputation may come after another forward."""
@@ -148,28 +160,35 @@ class TokenCut:
                 f"sequence parallelism: {type(block).__name__} was not given the rope that sequence_cut.cut returned;"
                 " pass it to every block"
             )
-        self.lengths = ropes[0].lengths
+        self.lengths, self.num_text = ropes[0].lengths, ropes[0].num_text
+
+
+def gather_tokens(x_BLD: Tensor, lengths: Sequence[int], sequence: SequenceGroup) -> Tensor:
+    """The tokens of all ranks side by side, of which each has as many as `lengths` says; without gradient."""
+    padded = x_BLD.new_zeros(x_BLD.shape[0], max(lengths), x_BLD.shape[2])
+    padded[:, : x_BLD.shape[1]] = x_BLD
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded, group=sequence.group)
+    return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1)
 
 
 class _Join(torch.autograd.Function):
-    """Concatenates the ranks' tokens; its gradient is this rank's slice times the size of the group."""
+    """Concatenates the ranks' tokens; its gradient is this rank's slice times a factor."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, x_BLD: Tensor, bounds: tuple[int, ...], sequence: SequenceGroup
+        ctx: torch.autograd.function.FunctionCtx,
+        x_BLD: Tensor,
+        bounds: tuple[int, ...],
+        sequence: SequenceGroup,
+        factor: int,
     ) -> Tensor:
-        ctx.bounds, ctx.sequence = bounds, sequence
-        lengths = [b - a for a, b in pairwise(bounds)]
-        padded = x_BLD.new_zeros(x_BLD.shape[0], max(lengths), x_BLD.shape[2])
-        padded[:, : x_BLD.shape[1]] = x_BLD
-        parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded, group=sequence.group)
-        return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1)
+        ctx.factor, ctx.slice = factor, slice(bounds[sequence.rank], bounds[sequence.rank + 1])
+        return gather_tokens(x_BLD, [b - a for a, b in pairwise(bounds)], sequence)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        rank, size = ctx.sequence.rank, ctx.sequence.size
-        return grad[:, ctx.bounds[rank] : ctx.bounds[rank + 1]] * size, None, None
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad[:, ctx.slice] * ctx.factor, None, None, None
 
 
 class _Exchange(torch.autograd.Function):

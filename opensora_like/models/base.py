@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+TokenStream = Literal["text", "image", "joint"]  # joint: text, then image
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class ParallelPlan:
         split_norms: RMS norms over a width that `column` cuts. Under tensor parallelism their ``weight`` is cut with
             it, and their ``mean_over_ranks`` is to be set: the mean over the ranks, in the forward pass of the mean
             square, in the backward pass of its gradient.
+        token_streams: patterns of `column` and `row` -> which of the tokens that `sequence_cut` cuts the linears work
+            on: all of `row`, and of `column` all but those whose inputs every rank has whole.
     """
 
     blocks: tuple[str, ...]
@@ -39,6 +43,7 @@ class ParallelPlan:
     head_counts: tuple[str, ...] = ()
     per_head: tuple[str, ...] = ()
     split_norms: tuple[str, ...] = ()
+    token_streams: Mapping[str, TokenStream] = field(default_factory=dict)
 
 
 @runtime_checkable

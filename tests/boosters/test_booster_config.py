@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from opensora_like.boosters import layout
-from opensora_like.boosters.colossalai import read_options
 from opensora_like.boosters.colossalai_import import OPTIONAL, stand_ins
+from opensora_like.boosters.colossalai_options import read_hybrid_options, read_options
 from opensora_like.boosters.update import OptimizerState
 from opensora_like.registry import BOOSTERS, build
 
@@ -40,6 +40,46 @@ def test_plugin_config_is_checked_by_name_and_value(config, message):
     """Anything unknown, of another type, or without effect is an error that names the key."""
     with pytest.raises(ValueError, match=message):
         built(type="colossalai", plugin="zero2", plugin_config=config)
+
+
+# plugin_config of Open-Sora v2's published configs, for training and with plugins/sp and plugins/tp for inference
+BUCKETS = {"reduce_bucket_size_in_m": 128, "overlap_allgather": False}
+HYBRID = {"tp_size": 1, "pp_size": 1, "sp_size": 1, "zero_stage": 2, "overlap_allgather": False}
+SEQUENCE = {"sequence_parallelism_mode": "ring_attn", "enable_sequence_parallelism": True, "static_graph": True}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("read", "plugin", "config"),
+    [
+        (read_options, "zero2", BUCKETS),
+        (read_hybrid_options, "hybrid", HYBRID | SEQUENCE | BUCKETS | {"sp_size": 4}),
+        (read_hybrid_options, "hybrid", HYBRID | SEQUENCE | {"sp_size": 8}),
+        (read_hybrid_options, "hybrid", HYBRID | {"tp_size": 8}),
+    ],
+)
+def test_published_plugin_configs_are_taken_as_they_are(read, plugin, config, device):
+    """Each of their keys arrives with its value."""
+    options = read(config, plugin=plugin, device=torch.device(device))
+    assert {key: getattr(options, key) for key in config} == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("precision", "bf16", "it is the run's dtype"),
+        ("initial_scale", 65536.0, "only float16"),
+        ("max_norm", 1.0, "it is the run's grad_clip"),
+        ("cast_inputs", False, "models cast their inputs themselves"),
+        ("enable_metadata_cache", False, "it is of pipelines"),
+        ("custom_policy", None, r"the model's parallel_plan\(\)"),
+        ("zero_bucket_size_in_m", 20, r"did you mean \['reduce_bucket_size_in_m'\]"),
+    ],
+)
+def test_what_open_sora_hands_to_colossalai_besides_is_refused_by_name(key, value, message):
+    """These are no keys of ours; the error names the key and says where it belongs, or that it can go."""
+    with pytest.raises(ValueError, match=rf"booster\.plugin_config\.{key}\b.*{message}"):
+        read_hybrid_options({key: value}, plugin="hybrid", device=CPU)
 
 
 @pytest.mark.parametrize("plugin", ["moe", "zero3"])
@@ -102,6 +142,17 @@ def test_ranges_tile_every_tensor(shape, world_size):
     parts = [layout.even_range(shape, rank, world_size) for rank in range(world_size)]
     assert [i for p in parts for i in range(p.start, p.stop)] == list(range(math.prod(shape)))
     assert max(p.stop - p.start for p in parts) == layout.part_length(math.prod(shape), world_size)
+
+
+@pytest.mark.parametrize("most", [1, 5, 9, 100])
+def test_buckets_hold_every_tensor_once_in_order(most):
+    """None has more elements than allowed, but one that is a single tensor, and no two neighbours would fit in one."""
+    tensors = [torch.empty(n) for n in (3, 2, 7, 1, 1, 4)]
+    found = list(layout.buckets(tensors, most))
+    sizes = [sum(t.numel() for t in bucket) for bucket in found]
+    assert [id(t) for bucket in found for t in bucket] == [id(t) for t in tensors]
+    assert all(size <= most or len(bucket) == 1 for size, bucket in zip(sizes, found, strict=True))
+    assert all(a + bucket[0].numel() > most for a, bucket in zip(sizes, found[1:], strict=False))
 
 
 class CountsInPython(torch.optim.Optimizer):

@@ -108,6 +108,7 @@ def test_a_model_on_meta_is_filled_through_the_views(facts):
         ),
         ("heads sp", "booster.plugin_config.sp_size=2 does not divide the 3 heads .*'ring_attn'"),
         ("heads seq", "booster.plugin_config.sp_size=2 does not divide the 3 heads .*'ring_attn'"),
+        ("no streams", "'split_gather': the plan of MMDiT does not say .*token_streams"),
         ("no plan", "Linear has no parallel_plan()"),
     ],
 )
@@ -115,6 +116,12 @@ def test_layouts_that_do_not_fit_are_refused_with_numbers(name, message, facts):
     """Before a step is taken, naming the key, both numbers and what would fit."""
     said = facts[2]["errors"][name]
     assert all(part in said for part in message.split(".*")), said
+
+
+def test_split_gather_keeps_fewer_activations_than_tensor_parallelism(facts):
+    """What lies between the cut linears is there for half of the tokens, and gathered tokens are not kept."""
+    kept = facts[2]["kept"]
+    assert kept["split_gather"] < 0.8 * kept["tp2"]
 
 
 def test_ring_attention_takes_any_number_of_heads(facts):
@@ -155,9 +162,11 @@ def test_the_terminal_stays_quiet(facts):
         (
             "hybrid",
             {"enable_sequence_parallelism": True, "sequence_parallelism_mode": "ring"},
-            r"'ring' is not supported",
+            r"'ring' is not supported: .*'split_gather'",
         ),
-        ("zero1-seq", {"sequence_parallelism_mode": "split_gather"}, r"mode='split_gather' is not supported"),
+        ("zero1-seq", {"sequence_parallelism_mode": "split_gather"}, r"plugin 'zero1-seq' cuts none; use .*'hybrid'"),
+        ("hybrid", cases.SPLIT_GATHER | {"tp_size": 1}, r"linears, and .*tp_size is 1; make it 2 or more"),
+        ("hybrid", cases.SPLIT_GATHER | {"sp_size": 2}, r"sp_size=2 has no effect with .*'split_gather'"),
         ("zero1-seq", {"tp_size": 2}, r"plugin_config\.tp_size: plugin 'zero1-seq' has no such option"),
         ("gemini", {}, r"booster\.plugin='gemini' is not available: it runs on CUDA only"),
         ("hybrit", {}, r"booster\.plugin='hybrit' is not available; .*mean \['hybrid'\]"),

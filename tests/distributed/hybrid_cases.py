@@ -8,6 +8,7 @@ processes read them; run 2, 4, then 1.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fsdp2_cases import Case, Problem, mmdit, optimizer_of, run_of, trains
+from fsdp2_cases import Case, Problem, loss_of, mmdit, optimizer_of, run_of, trains
 from parity_harness import (
     CPU,
     everywhere,
@@ -53,6 +54,7 @@ PROBLEMS = [FUSED, SPLIT, WAN, FROZEN, LONG_TEXT, FEW]  # in float32; bfloat16 i
 
 SP = {"sp_size": 2, "enable_sequence_parallelism": True}
 RING = SP | {"sequence_parallelism_mode": "ring_attn"}
+SPLIT_GATHER = {"tp_size": 2, "enable_sequence_parallelism": True, "sequence_parallelism_mode": "split_gather"}
 # what the published stage 2 of Open-Sora has, with 2 in place of its 4 sequence ranks
 STAGE2 = RING | {
     "tp_size": 1, "pp_size": 1, "static_graph": True, "zero_stage": 2, "reduce_bucket_size_in_m": 128,
@@ -67,11 +69,14 @@ CASES: dict[int, list[Case]] = {
         *(case(p, 1, plugin("hybrid", tp_size=2)) for p in (WAN, FROZEN)),
         *(case(SPLIT, 2, plugin("hybrid", **o)) for o in (SP, RING)),
         *(case(p, 1, plugin("hybrid", **o)) for p in (WAN, LONG_TEXT, FEW) for o in (SP, RING)),
+        *(case(p, 2, plugin("hybrid", **SPLIT_GATHER)) for p in (FUSED, SPLIT)),
+        *(case(p, 1, plugin("hybrid", **SPLIT_GATHER)) for p in (WAN, FROZEN, LONG_TEXT)),
         case(FUSED, 2, plugin("zero1-seq", sp_size=2)),
         case(FUSED, 1, plugin("zero2-seq", sp_size=2, sequence_parallelism_mode="ring_attn")),
         case(BF16, 2, plugin("hybrid")),
         case(BF16, 2, plugin("hybrid", tp_size=2)),
         case(BF16, 2, plugin("hybrid", tp_size=2, zero_stage=1)),
+        case(BF16, 2, plugin("hybrid", **SPLIT_GATHER)),
         case(BF16, 2, plugin("hybrid", **STAGE2)),
         case(BF16, 2, plugin("zero1-seq", sp_size=2)),
     ],
@@ -80,10 +85,13 @@ CASES: dict[int, list[Case]] = {
         case(SPLIT, 1, plugin("hybrid", **SP)),
         case(FUSED, 1, plugin("hybrid", tp_size=2, **SP)),
         case(SPLIT, 2, plugin("hybrid", tp_size=2, **RING)),
+        case(FUSED, 2, plugin("hybrid", **SPLIT_GATHER)),
+        case(FEW, 1, plugin("hybrid", **(SPLIT_GATHER | {"tp_size": 4}))),
         case(FEW, 1, plugin("zero1-seq", sp_size=4, sequence_parallelism_mode="ring_attn")),
         case(BF16, 2, plugin("hybrid", tp_size=2, zero_stage=2)),
         case(BF16, 1, plugin("hybrid", tp_size=2, zero_stage=1, overlap_allgather=True, communication_dtype="fp32")),
         case(BF16, 1, plugin("hybrid", tp_size=2, **RING, zero_stage=2)),
+        case(BF16, 1, plugin("hybrid", **SPLIT_GATHER, zero_stage=2)),
     ],
 }
 
@@ -91,6 +99,7 @@ CASES: dict[int, list[Case]] = {
 LAYOUTS: dict[str, Case] = {
     "tp2": case(ADAMW, 1, plugin("hybrid", tp_size=2)),
     "tp2 zero1": case(BF16_ADAMW, 1, plugin("hybrid", tp_size=2, zero_stage=1)),
+    "split_gather zero1": case(BF16_ADAMW, 1, plugin("hybrid", zero_stage=1, **SPLIT_GATHER)),
     "dp": case(ADAMW, 1, plugin("hybrid")),
     "stage2": case(BF16_ADAMW, 1, plugin("hybrid", **STAGE2)),
     "zero1-seq": case(ADAMW, 1, plugin("zero1-seq", sp_size=2)),
@@ -109,12 +118,15 @@ LOADED: dict[int, list[tuple[int, str, str]]] = {  # (processes that saved, save
     2: [
         (2, "tp2", "tp2"), (2, "tp2", "tp2 zero1"), (2, "tp2 zero1", "dp"), (2, "stage2", "tp2 zero1"),
         (2, "tp2 zero1", "tp2 zero1"), (2, "fsdp2 tp2", "tp2"), (2, "tp2", "fsdp2 tp2"), (2, "tp2 bf16", "zero1-seq"),
-        (2, "tp2", "tp2 bf16"),
+        (2, "tp2", "tp2 bf16"), (2, "tp2 zero1", "split_gather zero1"),
     ],
-    4: [(2, "tp2", "tp2 sp2"), (2, "tp2 zero1", "tp2 zero1"), (2, "stage2", "tp2"), (2, "tp2", "stage2")],
+    4: [
+        (2, "tp2", "tp2 sp2"), (2, "tp2 zero1", "tp2 zero1"), (2, "stage2", "tp2"), (2, "tp2", "stage2"),
+        (2, "stage2", "split_gather zero1"),
+    ],
     1: [(4, "tp2 zero1", "ddp"), (4, "tp2 sp2", "zero1"), (4, "zero1-seq", "ddp"), (2, "tp2", "ddp")],
 }  # fmt: skip
-SKIPPED = ["tp2", "tp2 zero1", "dp", "stage2", "zero1-seq", "tp2 bf16"]
+SKIPPED = ["tp2", "tp2 zero1", "split_gather zero1", "dp", "stage2", "zero1-seq", "tp2 bf16"]
 
 
 @groups_given_back()
@@ -129,6 +141,32 @@ def fills_meta() -> dict[str, Any]:
         shard.copy_(shards[name])
     empty.booster.refresh()
     return {"equal": everywhere(same(whole.whole(), empty.whole())), "losses": whole.step(0)[0] - empty.step(0)[0]}
+
+
+@groups_given_back()
+def kept_bytes(**config: Any) -> int:
+    """What a forward keeps for its backward, but for weights."""
+    run, kept = run_of(case(FUSED, 1, plugin("hybrid", **config))), {}
+    weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = loss_of(FUSED)(run.model, 0, run.booster.dp_rank, run.booster.dp_size)
+    loss.backward()
+    return sum(kept.values())
+
+
+def without_streams() -> nn.Module:
+    """A model whose plan says nothing of tokens."""
+    model = mmdit()
+    plan = dataclasses.replace(model.parallel_plan(), token_streams={})
+    model.parallel_plan = lambda: plan
+    return model
 
 
 def errors() -> dict[str, str]:
@@ -149,6 +187,7 @@ def errors() -> dict[str, str]:
         "heads sp": message_of(prepare(mmdit(heads=3), "hybrid", **SP)),
         "heads seq": message_of(prepare(mmdit(heads=3), "zero1-seq", sp_size=2)),
         "heads ring": message_of(prepare(mmdit(heads=3), "hybrid", **RING)),
+        "no streams": message_of(prepare(without_streams(), "hybrid", **SPLIT_GATHER)),
         "no plan": message_of(prepare(nn.Linear(2, 2), "hybrid", tp_size=2)),
     }
 
@@ -173,6 +212,7 @@ def main(folder: Path) -> None:
         for name in SKIPPED:
             with groups_given_back():
                 facts[f"skips {name}"] = skips_non_finite(run_of(LAYOUTS[name]), run_of(LAYOUTS[name]))
+        facts["kept"] = {"tp2": kept_bytes(tp_size=2), "split_gather": kept_bytes(**SPLIT_GATHER)}
         facts["meta"] = fills_meta()
         facts["errors"] = errors()
     if process.is_main:

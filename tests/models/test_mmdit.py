@@ -315,6 +315,7 @@ def test_parallel_plan_names_what_exists(fused):
         assert getattr(modules[path], attribute) == TINY["num_heads"]
     parameters = dict(model.named_parameters())
     assert all(pattern.replace("*", "0") in parameters for pattern in plan.per_head)
+    assert plan.token_streams.keys() == plan.column.keys() | plan.row.keys()
     cut = {p.replace("*", "0") for p in (*plan.column, *plan.row)}
     blocks = ("double_blocks.0.", "single_blocks.0.")
     linears = {n for n, m in modules.items() if isinstance(m, torch.nn.Linear) and n.startswith(blocks)}

@@ -380,6 +380,8 @@ def test_plan_leaves_nothing_of_a_block_by_accident():
     norms = {n for n, m in modules.items() if type(m).__name__ == "WidthRMSNorm" and n.startswith("blocks.1.")}
     assert {p.replace("*", "1") for p in plan.split_norms} == norms and len(norms) == 5
     assert modules[plan.attention[0].replace("*", "0")] is model.blocks[0].attn1.attention
+    context = {f"blocks.*.attn2.{name}" for name in ("to_k", "to_v", "add_k_proj", "add_v_proj")}
+    assert plan.token_streams.keys() == (plan.column.keys() | plan.row.keys()) - context
 
 
 def test_compiled_blocks_keep_names_and_output():

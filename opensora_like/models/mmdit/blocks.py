@@ -116,7 +116,7 @@ class DoubleBlock(nn.Module):
         txt_qkv = self.txt_attn.project(modulate(self.txt_norm1(txt_BLD), *txt_parts[:2]))
         q, k, v = (torch.cat([txt, img], dim=2) for txt, img in zip(txt_qkv, img_qkv, strict=True))
         joint = self.attention(rope(q), rope(k), v)
-        num_text = txt_BLD.shape[1]
+        num_text = txt_qkv[0].shape[2]  # a backend may project more tokens than this rank's
 
         img_BLD = img_BLD + img_parts[2] * self.img_attn.proj(joint[:, num_text:])
         img_BLD = img_BLD + img_parts[5] * self.img_mlp(modulate(self.img_norm2(img_BLD), *img_parts[3:5]))

@@ -220,6 +220,7 @@ class MMDiT(nn.Module):
             row |= {f"{stream}_attn.proj": (), f"{stream}_mlp.2": ()}
         single = {"linear1": (h, h, h, m)} if self.fused_qkv else {"q_proj": (), "k_proj": (), "v_mlp": (h, m)}
         column |= {f"single_blocks.*.{name}": cut for name, cut in single.items()}
+        streams = {"double_blocks.*.img": "image", "double_blocks.*.txt": "text", "single_blocks": "joint"}
         holders = ("double_blocks.*.img_attn", "double_blocks.*.txt_attn", "single_blocks.*")
         return ParallelPlan(
             blocks=("double_blocks.*", "single_blocks.*"),
@@ -228,6 +229,7 @@ class MMDiT(nn.Module):
             row=row,
             head_counts=tuple(f"{holder}.num_heads" for holder in holders),
             per_head=tuple(f"{holder}.norm.{n}_norm.scale" for holder in holders for n in ("query", "key")),
+            token_streams={n: s for start, s in streams.items() for n in (*column, *row) if n.startswith(start)},
         )
 
     def _qkv_cuts(self) -> dict[str, tuple[int, ...]]:

@@ -218,13 +218,16 @@ class Wan(nn.Module):
         if self.sizes.image_dim is not None:
             column |= {f"blocks.*.attn2.add_{name}_proj": () for name in "kv"}
             norms.append("blocks.*.attn2.norm_added_k")
+        own = [f"blocks.*.{n}" for n in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "ffn.net.0.proj")]
+        row = {"blocks.*.attn1.to_out.0": (), "blocks.*.attn2.to_out.0": (), "blocks.*.ffn.net.2": ()}
         return ParallelPlan(
             blocks=("blocks.*",),
             attention=("blocks.*.attn1.attention",),
             column=column | {"blocks.*.ffn.net.0.proj": ()},
-            row={"blocks.*.attn1.to_out.0": (), "blocks.*.attn2.to_out.0": (), "blocks.*.ffn.net.2": ()},
+            row=row,
             head_counts=("blocks.*.attn1.heads", "blocks.*.attn2.heads"),
             split_norms=tuple(norms),
+            token_streams=dict.fromkeys([*own, *row], "image"),
         )
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
