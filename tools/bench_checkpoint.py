@@ -1,10 +1,13 @@
 """Measure what a checkpoint costs: how long a step waits, how fast the disk is used, how much memory is taken.
 
-python tools/bench_checkpoint.py FOLDER [--parameters 1e8] [--processes 2] [--repeats 3]
+python tools/bench_checkpoint.py FOLDER [--parameters 1e8] [--processes 2] [--repeats 3] [--tokens 256]
 
-A model of linears with AdamW and EMA behind DDP; a step is a fixed number of matrix products. `dd` with fsync, one per
-process at once, writes as many random bytes, which are in the page cache, to the same disk in the same run, and reads
-them back. Reads are after the page cache was told to forget the files. Each number is the median of the repeats.
+A model of linears with AdamW and EMA behind DDP; a step is a whole one: forward and backward of `--tokens` tokens per
+process, gradients averaged, update, EMA. In the background it is measured with these steps and with the shortest there
+can be, of one token. What a save makes a step wait is the time in `save` and in `before_update`, which copies what was
+not written before the next update. `dd` with fsync, one per process at once, writes as many random bytes, which are in
+the page cache, to the same disk in the same run, and reads them back. Reads are after the page cache was told to
+forget the files. Each number is the median of the repeats.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch._dynamo  # an optimizer imports it when it is made; here, so that forks have it
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from opensora_like.boosters.ddp import DDPBooster
 from opensora_like.checkpoint import layout
@@ -38,14 +41,47 @@ WIDTH = 1024
 MIB = 2**20
 
 
-def make_manager(folder: Path, *, parameters: float, async_io: bool) -> CheckpointManager:
-    """Weights, moments and EMA of about so many parameters."""
-    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(max(1, round(parameters / WIDTH**2)))]
-    booster = DDPBooster(dtype="fp32", device=torch.device("cpu"))
-    booster.prepare(nn.Sequential(*layers), torch.optim.AdamW)
-    ema = EMA(booster, 0.99)
+class Residual(nn.Linear):
+    """Many in a row neither fade nor explode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Steps:
+    """A booster's model with weights, moments and EMA of about so many parameters, and whole steps of it.
+
+    Args:
+        tokens: per process and step.
+    """
+
+    def __init__(self, parameters: float, tokens: int) -> None:
+        layers = [Residual(WIDTH, WIDTH, bias=False) for _ in range(max(1, round(parameters / WIDTH**2)))]
+        self.booster = DDPBooster(dtype="fp32", device=torch.device("cpu"))
+        self._called = self.booster.prepare(nn.Sequential(*layers), torch.optim.AdamW)
+        self.ema, self._x, self._number = EMA(self.booster, 0.99), torch.randn(tokens, WIDTH), 0
+
+    def one(self) -> float:
+        """Returns: seconds."""
+        began, self._number = time.perf_counter(), self._number + 1
+        with self.booster.micro_batch(last=True):
+            self.booster.backward(self._called(self._x).square().mean())
+        self.booster.step()
+        self.ema.update(self._number)
+        return time.perf_counter() - began
+
+
+def make_manager(folder: Path, steps: Steps, *, async_io: bool) -> CheckpointManager:
+    """Checkpoints of all that the steps change."""
     return CheckpointManager(
-        folder, booster, ema=ema.shards, config_text="", keep_n_latest=1, order={}, about={}, async_io=async_io
+        folder,
+        steps.booster,
+        ema=steps.ema.shards,
+        config_text="",
+        keep_n_latest=1,
+        order={},
+        about={},
+        async_io=async_io,
     )
 
 
@@ -66,40 +102,46 @@ def forget(folder: Path) -> None:
             os.close(handle)
 
 
-class Steps:
-    """A stand-in for training: every step costs the same, and ranks finish it together."""
+def measure_saves(manager: CheckpointManager, steps: Steps, repeats: int) -> dict[str, list[float]]:
+    """Seconds: "step" without a save and "during" one, "wait" because of it, "write" until published."""
+    found: dict[str, list[float]] = {"step": [], "during": [], "wait": [], "write": []}
+    waits: list[float] = []
+    secure = manager.before_update
 
-    def __init__(self) -> None:
-        self._a = torch.randn(512, 512)
-
-    def one(self) -> float:
-        """Returns: seconds."""
+    def timed_secure() -> None:
         began = time.perf_counter()
-        for _ in range(20):
-            self._a @ self._a
-        dist.barrier()
-        return time.perf_counter() - began
+        secure()
+        waits.append(time.perf_counter() - began)
 
-
-def measure_saves(manager: CheckpointManager, repeats: int, *, is_async: bool) -> dict[str, list[float]]:
-    """Seconds: "step" without a save and "during" one, "wait" in `save`, "write" until published."""
-    steps, found = Steps(), {"step": [], "during": [], "wait": [], "write": []}
+    manager.before_update = timed_secure
     for number in range(repeats + 1):
-        usual = [steps.one() for _ in range(30)]
+        usual = [steps.one() for _ in range(2)]
+        dist.barrier()
         began = time.perf_counter()
         manager.save(TrainState(step=number + 1))
-        waited = time.perf_counter() - began
+        waits[:] = [time.perf_counter() - began]  # `save` passes doors itself
+        ended = _ended(manager, began)
         during = []
-        while is_async and not _all_done(manager):
+        while not _all_done(manager):
             during.append(steps.one())
         manager.wait()
+        ended.append(time.perf_counter() - began)  # where the callback is late
         if number:  # the first one allocates
             found["step"] += usual
             found["during"] += during
-            found["wait"].append(waited)
-            found["write"].append(time.perf_counter() - began)
+            found["wait"].append(sum(waits))
+            found["write"].append(ended[0])
     found["during"] = found["during"] or found["step"]
     return found
+
+
+def _ended(manager: CheckpointManager, began: float) -> list[float]:
+    """Gets the seconds from `began` until the save that was started is published, as soon as it is."""
+    if manager._pending is None:
+        return [time.perf_counter() - began]
+    seconds: list[float] = []
+    manager._pending.add_done_callback(lambda _: seconds.append(time.perf_counter() - began))
+    return seconds
 
 
 def _all_done(manager: CheckpointManager) -> bool:
@@ -108,14 +150,16 @@ def _all_done(manager: CheckpointManager) -> bool:
     return bool(done)
 
 
-def measure(folder: Path, parameters: float, repeats: int, *, is_async: bool) -> dict[str, float]:
+def measure(folder: Path, parameters: float, repeats: int, *, tokens: int, is_async: bool) -> dict[str, float]:
     """In one rank: a manager's saves, its memory, and its loads."""
-    manager = make_manager(folder / "run", parameters=parameters, async_io=is_async)
-    for tensors in manager.booster.optimizer_shards().values():
-        for tensor in tensors.values():
-            tensor.uniform_()
-    before = peak_mib(reset=True)
-    found = {name: statistics.median(v) for name, v in measure_saves(manager, repeats, is_async=is_async).items()}
+    steps = Steps(parameters, tokens)
+    manager = make_manager(folder / "run", steps, async_io=is_async)
+    steps.one()  # it allocates
+    peak_mib(reset=True)
+    steps.one()
+    before = peak_mib()
+    peak_mib(reset=True)
+    found = {name: statistics.median(v) for name, v in measure_saves(manager, steps, repeats).items()}
     found["memory_mib"] = peak_mib() - before
     loads, spreads = [], []
     refresh = manager.booster.refresh
@@ -166,11 +210,11 @@ def dd_seconds(folder: Path, mib: int, processes: int, *, write: bool) -> float:
     return time.perf_counter() - began
 
 
-def in_world(folder: Path, given: argparse.Namespace, *, is_async: bool) -> dict[str, float]:
+def in_world(folder: Path, given: argparse.Namespace, *, tokens: int, is_async: bool) -> dict[str, float]:
     """Of all ranks the slowest and largest."""
 
     def work(rank: int) -> None:
-        found = measure(folder, given.parameters, given.repeats, is_async=is_async)
+        found = measure(folder, given.parameters, given.repeats, tokens=tokens, is_async=is_async)
         (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
     codes = World(given.processes, work, log=folder / "log.txt").join(3600)
@@ -187,11 +231,13 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     parser.add_argument("--parameters", type=float, default=1e8)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=256, help="of a step, per process")
     given = parser.parse_args(arguments)
 
     def work() -> int:
         given.folder.mkdir(parents=True, exist_ok=True)
-        sync, background = (in_world(given.folder, given, is_async=a) for a in (False, True))
+        sync = in_world(given.folder, given, tokens=1, is_async=False)
+        background = {n: in_world(given.folder, given, tokens=n, is_async=True) for n in (given.tokens, 1)}
         mib = round(sync["own_mib"])
         total = mib * given.processes
         raw = given.folder / "dd"
@@ -201,14 +247,17 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         (given.folder / "random").unlink()
         print(f"saved {total} MiB by {given.processes} processes; load average {os.getloadavg()[0]:.1f}")
         print(f"sync:  a step waits {sync['wait']:.2f} s; {total / sync['write']:.0f} MiB/s")
-        share, rate = background["wait"] / sync["wait"], total / background["write"]
-        print(f"async: a step waits {background['wait']:.2f} s, {share:.1%} of sync; {rate:.0f} MiB/s")
-        slower, alone = background["during"] / background["step"], 1000 * background["step"]
-        print(f"async: steps take {slower:.2f} x as long while a save is written ({alone:.0f} ms alone)")
+        for tokens, found in background.items():
+            share, rate = found["wait"] / sync["wait"], total / found["write"]
+            step, slower = found["step"], found["during"] / found["step"]
+            print(
+                f"async, {tokens} tokens a step: it waits {found['wait']:.3f} s, {share:.1%} of sync; {rate:.0f} MiB/s"
+            )
+            print(f"async, {tokens} tokens a step: {step:.2f} s alone, {slower:.2f} x as long while a save is written")
         print(f"dd:    writes {total / writes:.0f} MiB/s, so sync has {writes / sync['write']:.0%} of it")
         rate = f"{total / sync['read']:.0f} MiB/s with checksums, {reads / sync['read']:.0%} of dd"
         print(f"load:  {rate} ({total / reads:.0f} MiB/s); then {sync['spread']:.2f} s until all have all weights")
-        for name, found in (("sync", sync), ("async", background)):
+        for name, found in (("sync", sync), *((f"async, {n} tokens", found) for n, found in background.items())):
             more = found["memory_mib"]
             print(f"memory of {name}: {more:.0f} MiB more, {more / mib:.2f} x what a rank saves")
         return 0

@@ -7,13 +7,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from opensora_like.checkpoint import layout
-from opensora_like.checkpoint.files import file_checksum
+from opensora_like.checkpoint.files import WrittenFile, read_through
 from opensora_like.datasets.plan import what_changed
 
 FORMAT_VERSION = 2
@@ -35,38 +35,48 @@ def read_state(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def check_file(path: Path, *, size: int, xxh3_64: str) -> str:
-    """What is wrong with a file of a checkpoint, "" if nothing."""
-    if not path.is_file():
-        return f"{str(path)!r} is missing"
-    if path.stat().st_size != size:
-        return f"{str(path)!r} has {path.stat().st_size} bytes, {size} were written"
-    found = file_checksum(path)
+Take = Callable[[int, memoryview], None]
+
+
+def check_file(path: Path, take: Take, *, size: int, xxh3_64: str) -> str:
+    """What is wrong with a file of a checkpoint, "" if nothing.
+
+    Args:
+        take: see `files.read_through`; not called where the size is wrong already.
+    """
+    try:
+        if not path.is_file():
+            return f"{str(path)!r} is missing"
+        if path.stat().st_size != size:
+            return f"{str(path)!r} has {path.stat().st_size} bytes, {size} were written"
+        found = read_through(path, take)
+    except OSError as problem:
+        return str(problem)
     return "" if found == xxh3_64 else f"{str(path)!r} has checksum {found}, {xxh3_64} was written: it has changed"
 
 
-def damage(
-    folder: Path, rank: int, world_size: int, *, on_file: Callable[[str], None] = lambda file: None
-) -> list[str]:
-    """What is wrong with this rank's share of the files of a checkpoint.
+def file_checks(folder: Path, rank: int, world_size: int) -> dict[str, Callable[[Take], str]]:
+    """File -> what compares it with what was written, see `check_file`; of this rank's share of a checkpoint.
 
     With the number of ranks that wrote it each rank has its own files, in the order in which a load asks for them.
-
-    Args:
-        on_file: told the name of each file that has been compared.
     """
-    problems = []
+    path = folder / CHECKSUMS_FILE
     try:
-        sums = json.loads((folder / CHECKSUMS_FILE).read_text())
-        for file in sorted(sums, key=_when_loaded):
-            if _writer_of(file) % world_size == rank:
-                problems.append(check_file(folder / file, **sums[file]))
-                on_file(file)
+        written = {file: WrittenFile(**facts) for file, facts in json.loads(path.read_text()).items()}
     except OSError as problem:
-        problems.append(str(problem))
-    except (ValueError, TypeError) as problem:  # no JSON, or not as it was written
-        problems.append(f"{str(folder / CHECKSUMS_FILE)!r} has changed: {problem}")
-    return [problem for problem in problems if problem]
+        wrong = str(problem)
+    except (ValueError, TypeError, AttributeError) as problem:  # no JSON, or not as it was written
+        wrong = f"{str(path)!r} has changed: {problem}"
+    else:
+        own = sorted((file for file in written if _writer_of(file) % world_size == rank), key=_when_loaded)
+        return {file: partial(check_file, folder / file, **written[file]._asdict()) for file in own}
+    return {CHECKSUMS_FILE: lambda take: wrong}
+
+
+def damage(folder: Path, rank: int, world_size: int) -> list[str]:
+    """What is wrong with this rank's share of the files of a checkpoint."""
+    checks = file_checks(folder, rank, world_size)
+    return [problem for check in checks.values() if (problem := check(lambda at, data: None))]
 
 
 def _when_loaded(file: str) -> tuple[int, str]:
@@ -76,7 +86,7 @@ def _when_loaded(file: str) -> tuple[int, str]:
 
 def _writer_of(file: str) -> int:
     """The rank in the name of a file of tensors; rank 0 has the others."""
-    rank = file.split(".")[1].removeprefix("rank")
+    rank = file.partition(".")[2].partition(".")[0].removeprefix("rank")
     return int(rank) if rank.isdigit() else 0
 
 

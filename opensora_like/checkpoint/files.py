@@ -1,4 +1,4 @@
-"""Writes safetensors files that are known to be on disk: every byte counted, synced, and summed."""
+"""Writes safetensors files that are known to be on disk: every byte counted, synced, and summed; and reads them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
+
+from opensora_like.checkpoint.memory import LiveBytes, bytes_of
 
 CHUNK = 2**20  # bytes per call: what is summed is still in the processor's cache when it is written
 ALIGNMENT = 4096  # of addresses, offsets and sizes, where the page cache is passed by
@@ -47,7 +49,7 @@ def find_nvme_writer() -> Callable[..., Any] | None:
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[tuple[str, Tensor]], *, nvme_writer: Callable[..., Any] | None = None
+    path: Path, tensors: Sequence[tuple[str, Tensor | LiveBytes]], *, nvme_writer: Callable[..., Any] | None = None
 ) -> WrittenFile:
     """Write tensors as one safetensors file and wait until the disk has it.
 
@@ -55,7 +57,7 @@ def write_safetensors(
     was meant.
 
     Args:
-        tensors: (name, contiguous CPU tensor).
+        tensors: (name, contiguous CPU tensor, or the bytes of one that may change meanwhile).
         nvme_writer: see `find_nvme_writer`.
 
     Raises:
@@ -64,7 +66,7 @@ def write_safetensors(
     header = {}
     offset = 0
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         header[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -73,17 +75,13 @@ def write_safetensors(
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # data begin at a multiple of 8
-    parts = [memoryview(len(text).to_bytes(8, "little") + text), *(_bytes_of(t) for _, t in tensors)]
+    data = (tensor if isinstance(tensor, LiveBytes) else bytes_of(tensor) for _, tensor in tensors)
+    parts = [memoryview(len(text).to_bytes(8, "little") + text), *data]
     return write_parts(path, parts, nvme_writer=nvme_writer)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8))
-
-
 def write_parts(
-    path: Path, parts: Sequence[memoryview], *, nvme_writer: Callable[..., Any] | None = None
+    path: Path, parts: Sequence[memoryview | LiveBytes], *, nvme_writer: Callable[..., Any] | None = None
 ) -> WrittenFile:
     """Write byte parts one after another, sync, check the size.
 
@@ -111,7 +109,7 @@ def write_parts(
     return WrittenFile(total, checksum)
 
 
-def _write_in_turn(handle: int, parts: Sequence[memoryview]) -> str:
+def _write_in_turn(handle: int, parts: Sequence[memoryview | LiveBytes]) -> str:
     """Write past the page cache where the file system can: no copy in the kernel, and none of its memory.
 
     Returns: the checksum.
@@ -124,7 +122,7 @@ def _write_in_turn(handle: int, parts: Sequence[memoryview]) -> str:
         done = 0
         while done < part.nbytes:
             size = min(CHUNK - filled, part.nbytes - done)
-            chunk[filled : filled + size] = part[done : done + size]
+            _take(part, done, chunk[filled : filled + size])
             done, filled = done + size, filled + size
             if filled == CHUNK:
                 summed.update(chunk)
@@ -137,6 +135,14 @@ def _write_in_turn(handle: int, parts: Sequence[memoryview]) -> str:
     return summed.hexdigest()
 
 
+def _take(part: memoryview | LiveBytes, begin: int, into: memoryview) -> None:
+    """Fill `into` with the bytes of `part` from `begin` on, where the last call for it ended."""
+    if isinstance(part, LiveBytes):
+        part.take(into)
+    else:  # as arrays: other threads run meanwhile
+        np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(part[begin : begin + into.nbytes], np.uint8))
+
+
 def _write_at(handle: int, data: memoryview, offset: int, *, direct: bool) -> bool:
     """Write all of `data`. Returns: whether the next write may pass the page cache by, too."""
     done = 0
@@ -146,7 +152,8 @@ def _write_at(handle: int, data: memoryview, offset: int, *, direct: bool) -> bo
         except OSError as problem:
             if not direct or problem.errno != errno.EINVAL:
                 raise
-            direct = _set_direct(handle, False) and False  # it takes the flag, but no such writes
+            _set_direct(handle, False)  # it takes the flag, but no such writes
+            direct = False
         if direct:
             done -= done % ALIGNMENT
     return direct
@@ -191,12 +198,49 @@ def write_text(path: Path, text: str) -> WrittenFile:
 
 def file_checksum(path: Path) -> str:
     """The checksum of a file as it is on disk."""
-    summed = xxhash.xxh3_64()
-    buffer = memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            summed.update(buffer[:size])
+    return read_through(path, lambda at, data: None)
+
+
+def read_through(path: Path, take: Callable[[int, memoryview], None]) -> str:
+    """Read a whole file once, past the page cache where the file system can.
+
+    The page cache would cost a copy and memory. It also reads ahead, which this does not: read several files at once.
+
+    Args:
+        take: is given every chunk in turn, its offset and its bytes, which are good for the time of the call.
+
+    Returns: the checksum.
+    """
+    summed, at = xxhash.xxh3_64(), 0
+    chunk = memoryview(mmap.mmap(-1, CHUNK))  # begins at a page
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        direct = _set_direct(handle, True)
+        while size := _read_chunk(handle, chunk, at, direct=direct):
+            summed.update(chunk[:size])
+            take(at, chunk[:size])
+            at += size
+    finally:
+        os.close(handle)
     return summed.hexdigest()
+
+
+def _read_chunk(handle: int, chunk: memoryview, offset: int, *, direct: bool) -> int:
+    """Fill `chunk` from a file, or its beginning from the file's end. Returns: bytes."""
+    done = 0
+    while done < chunk.nbytes:
+        try:
+            size = os.preadv(handle, [chunk[done:]], offset + done)
+        except OSError as problem:
+            if not direct or problem.errno != errno.EINVAL:
+                raise
+            _set_direct(handle, False)  # it takes the flag, but no such reads
+            direct = False
+            continue
+        done += size
+        if not size or (direct and done % ALIGNMENT):  # the end is no whole number of blocks
+            break
+    return done
 
 
 class TensorFile:
@@ -235,6 +279,18 @@ class TensorFile:
             )
         return DTYPES[written]
 
+    def offset(self, name: str, start: int, count: int) -> int:
+        """Where in the file elements [start, start + count) of a tensor begin, in bytes.
+
+        Raises:
+            ValueError: it has not so many.
+        """
+        begin, end = (self._origin + offset for offset in self._header[name]["data_offsets"])
+        dtype = self.dtype(name)
+        if begin + (start + count) * dtype.itemsize > end:
+            raise ValueError(f"{str(self.path)!r}: {name!r} has no {count} {dtype} from {start} on")
+        return begin + start * dtype.itemsize
+
     def read_into(self, out: Tensor, name: str, start: int) -> None:
         """Fill `out`, a flat contiguous CPU tensor, with the elements from `start` on.
 
@@ -243,14 +299,22 @@ class TensorFile:
         """
         if not out.numel():
             return
-        begin, end = (self._origin + offset for offset in self._header[name]["data_offsets"])
-        at = begin + start * out.element_size()
-        place = _bytes_of(out)
-        if out.dtype != self.dtype(name) or at + place.nbytes > end:
-            raise ValueError(f"{str(self.path)!r}: {name!r} has no {out.numel()} {out.dtype} from {start} on")
+        if out.dtype != self.dtype(name):
+            raise ValueError(f"{str(self.path)!r}: {name!r} is {self.dtype(name)}, not {out.dtype}")
+        self.read_bytes(bytes_of(out), self.offset(name, start, out.numel()))
+
+    def read_bytes(self, out: memoryview, offset: int) -> None:
+        """Fill `out` with the bytes from `offset` of the file on.
+
+        Raises:
+            OSError: the file ends before.
+        """
         done = 0
-        while done < place.nbytes:
-            size = os.preadv(self._file.fileno(), [place[done:]], at + done)
+        while done < out.nbytes:
+            size = os.preadv(self._file.fileno(), [out[done:]], offset + done)
             if not size:
-                raise OSError(f"{str(self.path)!r} ends at byte {at + done}, {name!r} goes on; it was cut short")
+                missing = out.nbytes - done
+                raise OSError(
+                    f"{str(self.path)!r} ends at byte {offset + done}, {missing} were to come; it was cut short"
+                )
             done += size

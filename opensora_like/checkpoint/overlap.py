@@ -31,6 +31,10 @@ class Copies(NamedTuple):
     source: np.ndarray
     length: np.ndarray
 
+    def span(self) -> tuple[int, int]:
+        """The first element of the sources, and one past the last."""
+        return int(self.source.min()), int((self.source + self.length).max())
+
     def moved(self, by: int) -> Copies:
         """With another origin of the sources."""
         return self._replace(source=self.source + by)

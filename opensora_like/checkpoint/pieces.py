@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from opensora_like.boosters.base import ShardRange, ShardStrips, Strip
 from opensora_like.checkpoint.files import TensorFile, WrittenFile, write_safetensors, write_text
-from opensora_like.checkpoint.overlap import copy_runs, overlap, runs_of
+from opensora_like.checkpoint.memory import LiveBytes
+from opensora_like.checkpoint.overlap import Copies, copy_runs, overlap, runs_of
 
 WRITERS = 4  # files that a rank writes at once
 
@@ -27,7 +28,8 @@ WRITERS = 4  # files that a rank writes at once
 class Piece(NamedTuple):
     """Part [start, stop) of a flattened tensor of `shape`; `kind` is "master", "ema" or an optimizer state.
 
-    With `strips`, these elements of it alone, in the order of the strips' places in `tensor`.
+    With `strips`, these elements of it alone, in the order of the strips' places in `tensor`. That is `LiveBytes` when
+    it is written while training goes on.
     """
 
     kind: str
@@ -35,7 +37,7 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
-    tensor: Tensor
+    tensor: Tensor | LiveBytes
     strips: tuple[Strip, ...] = ()
 
 
@@ -62,11 +64,14 @@ def write_pieces(
 
     Returns: file name -> size and checksum, of every file written.
     """
-    by_file: dict[str, list[tuple[str, Tensor]]] = {}
+    by_file: dict[str, list[tuple[str, Tensor | LiveBytes]]] = {}
     listing = []
     for piece in pieces:
         file = f"{piece.kind}.rank{rank:05d}.safetensors"
-        by_file.setdefault(file, []).append((piece.name, piece.tensor.detach().cpu().contiguous()))
+        tensor = piece.tensor
+        if not isinstance(tensor, LiveBytes):
+            tensor = tensor.detach().cpu().contiguous()
+        by_file.setdefault(file, []).append((piece.name, tensor))
         where = [piece.start, piece.stop, file, *([piece.strips] if piece.strips else [])]
         listing.append([piece.kind, piece.name, list(piece.shape), *where])
     written = {}
@@ -85,14 +90,10 @@ def write_pieces(
 
 
 class PieceReader:
-    """Reads whole tensors or ranges out of the pieces of all ranks, touching only the bytes asked for.
+    """Reads whole tensors or ranges out of the pieces of all ranks, touching only the bytes asked for."""
 
-    Args:
-        before_open: told the name of each file of tensors before it is opened; may wait.
-    """
-
-    def __init__(self, folder: Path, *, before_open: Callable[[str], None] = lambda file: None) -> None:
-        self.folder, self._before_open = folder, before_open
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._pieces: dict[tuple[str, str], list[_Stored]] = {}
         self._shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         tables = sorted(folder.glob("pieces.rank*.json"))
@@ -139,29 +140,33 @@ class PieceReader:
         Args:
             out: a flat contiguous CPU tensor of the stored dtype to fill, instead of a new one.
         """
-        self._shape_of(kind, name)
-        missing = runs_of(place.strips)
-        total, stop = int(missing.length.sum()), missing.stop
-        for stored in sorted(self._pieces[kind, name]):
-            if not len(missing.start) or stored.stop <= missing.start[0] or stored.start >= missing.stop:
-                continue
-            found, missing = overlap(missing, runs_of(stored.strips))
-            if not len(found.length):
-                continue
-            file = self._file(stored.file)
-            out = torch.empty(total, dtype=file.dtype(name)) if out is None else out
+        for file, found in self.parts(kind, name, place):
+            if out is None:
+                out = torch.empty(int(runs_of(place.strips).length.sum()), dtype=file.dtype(name))
             if len(found.length) == 1:
                 target = int(found.target[0])
                 file.read_into(out[target : target + int(found.length[0])], name, int(found.source[0]))
                 continue
-            low, high = int(found.source.min()), int((found.source + found.length).max())
+            low, high = found.span()
             part = torch.empty(high - low, dtype=out.dtype)
             file.read_into(part, name, low)
             copy_runs(out, part, found.moved(-low))
+        return torch.empty(0) if out is None else out
+
+    def parts(self, kind: str, name: str, place: ShardRange | ShardStrips) -> Iterator[tuple[TensorFile, Copies]]:
+        """The files that hold parts of a place of a tensor, and what to copy from each. Raises as `read`."""
+        self._shape_of(kind, name)
+        missing = runs_of(place.strips)
+        stop = missing.stop
+        for stored in sorted(self._pieces[kind, name]):
+            if not len(missing.start) or stored.stop <= missing.start[0] or stored.start >= missing.stop:
+                continue
+            found, missing = overlap(missing, runs_of(stored.strips))
+            if len(found.length):
+                yield self._file(stored.file), found
         if len(missing.start):
             gap = f"elements {missing.start[0]} to {stop} of {math.prod(self._shapes[kind, name])}"
             raise OSError(f"{str(self.folder)!r}: {kind} of {name!r} has no {gap}")
-        return torch.empty(0) if out is None else out
 
     def _shape_of(self, kind: str, name: str) -> tuple[int, ...]:
         if (kind, name) not in self._shapes:
@@ -174,7 +179,6 @@ class PieceReader:
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._open:
-            self._before_open(name)
             self._open[name] = TensorFile(self.folder / name)
         return self._open[name]
 

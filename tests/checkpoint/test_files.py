@@ -84,7 +84,7 @@ def test_a_file_that_was_cut_is_named(tmp_path):
     write_safetensors(tmp_path / "file", [("a", torch.randn(1000))])
     reader = TensorFile(tmp_path / "file")
     os.truncate(tmp_path / "file", 2000)
-    with pytest.raises(OSError, match="ends at byte 2000, 'a' goes on"):
+    with pytest.raises(OSError, match=r"ends at byte 2000, .* were to come"):
         reader.read_into(torch.empty(1000), "a", 0)
     os.truncate(tmp_path / "file", 20)
     with pytest.raises(OSError, match="cannot be read"):

@@ -49,25 +49,6 @@ def test_latest_points_to_the_newest_and_old_ones_go(tmp_path: Path) -> None:
         make_manager(tmp_path, keep_every=-1)
 
 
-def test_a_copy_is_made_once_and_holds_its_step(tmp_path: Path) -> None:
-    """async_io: what changes after `save` returned is not in it; the next save uses the same memory."""
-    reached = []
-    manager = make_manager(tmp_path, async_io=True, hook=reached.append)
-    before = masters(manager)
-    folder = manager.save(TrainState(step=1))
-    assert reached[:2] == ["begin", "copied"]
-    buffers = {key: tensor.data_ptr() for key, tensor in manager._staged.items()}
-    with torch.no_grad():
-        for _, shard in manager.booster.master_shards():
-            shard.add_(1)
-    manager.wait()
-    reader = PieceReader(folder)
-    assert all(torch.equal(reader.read("master", name), tensor) for name, tensor in before.items())
-    manager.save(TrainState(step=2))
-    manager.wait()
-    assert buffers == {key: tensor.data_ptr() for key, tensor in manager._staged.items()}
-
-
 def test_weights_alone(tmp_path: Path) -> None:
     """Masters are the checkpoint's, the EMA begins at them, the moments stay this run's."""
     source = make_manager(tmp_path / "a")
