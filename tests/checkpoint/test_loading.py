@@ -81,20 +81,17 @@ def test_a_file_that_another_rank_compares_can_fail_too(tmp_path: Path, whole: d
     assert [cut.name in problem for problem in reading.run(file_checks(tmp_path, 1, 2))] == [True]
 
 
-def test_a_file_system_without_direct_reads_is_read_as_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some take the flag and refuse the first read with EINVAL; a call may also read less than was asked for."""
-    real, refused = files.os.preadv, []
-    content = torch.randint(0, 256, (2 * files.CHUNK + 12345,), dtype=torch.uint8).numpy().tobytes()
-    (tmp_path / "file").write_bytes(content)
+def test_a_file_passes_by_once_from_front_to_back(tmp_path: Path) -> None:
+    """Whatever its size is to that of a chunk; the checksum is that of `file_checksum` and of what was written."""
+    for size in (0, 1, files.CHUNK, 2 * files.CHUNK + 12345):
+        content = torch.randint(0, 256, (size,), dtype=torch.uint8).numpy().tobytes()
+        written = files.write_parts(tmp_path / "file", [memoryview(content)])
+        read: list[bytes] = []
+        places: list[int] = []
 
-    def preadv(handle: int, buffers: list[memoryview], offset: int) -> int:
-        if files.fcntl.fcntl(handle, files.fcntl.F_GETFL) & files.O_DIRECT:
-            refused.append(offset)
-            raise OSError(files.errno.EINVAL, "no direct reads here")
-        return real(handle, [buffers[0][:10_000]], offset)
+        def take(at: int, data: memoryview, read: list[bytes] = read, places: list[int] = places) -> None:
+            places.append(at)
+            read.append(bytes(data))
 
-    monkeypatch.setattr(files.os, "preadv", preadv)
-    read: list[bytes] = []
-    files.read_through(tmp_path / "file", lambda at, data: read.append(bytes(data)))
-    assert b"".join(read) == content
-    assert len(refused) <= 1  # none where the file system says at once that it has no such reads
+        assert files.read_through(tmp_path / "file", take) == written.xxh3_64
+        assert b"".join(read) == content and places == list(range(0, size, files.CHUNK))
