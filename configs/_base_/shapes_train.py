@@ -4,7 +4,6 @@ booster = dict(type="colossalai", plugin="zero2")
 dtype = "fp32"
 optim = dict(type="AdamW", lr=2e-3, weight_decay=0.0)
 steps = 4000
-warmup_steps = 100
 lr_schedule = "cosine"
 grad_clip = 1.0
 ema_decay = 0.99

@@ -9,4 +9,5 @@ _base_ = ["../../_base_/run.py", "../../_base_/shapes_model.py", "../../_base_/s
 
 dataset = dict(type="video_text", data_path="outputs/demo/clips/meta.csv", fps_in_caption=False)
 bucket_config = {"16px_ar1:1": {5: (1.0, 8)}}
+warmup_steps = 100
 exp_name = "demo"

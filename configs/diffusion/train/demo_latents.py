@@ -10,4 +10,5 @@ _base_ = ["../../_base_/run.py", "../../_base_/shapes_latents_model.py", "../../
 dataset = dict(type="video_text", data_path="outputs/demo_latents/clips/meta.csv", fps_in_caption=False)
 bucket_config = {"32px_ar1:1": {5: (1.0, 8)}}
 sample_posterior = False  # the deviations of random weights mean nothing
+warmup_steps = 0.025
 exp_name = "demo_latents"
