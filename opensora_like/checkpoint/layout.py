@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from opensora_like.publish import DRAFT
+
 NAME = re.compile(r"epoch(\d+)-global_step(\d+)")
 STATE_FILE = "state.json"
-STAGING = ".writing-"
+STAGING = DRAFT  # of a checkpoint, which is a folder
 REPLACED = ".replaced-"
 LATEST = "latest"
 
@@ -140,7 +142,8 @@ def recover(run: Path) -> None:
             else:
                 folder.rename(target)
         elif folder.name.startswith(STAGING):
-            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+            is_file = folder.is_symlink() or not folder.is_dir()  # the link to the newest, or a file of metrics
+            folder.unlink() if is_file else shutil.rmtree(folder)
 
 
 def remove_old(run: Path, keep: int, *, keep_every: int = 0) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from opensora_like.checkpoint import layout
+from opensora_like.publish import DRAFT
 
 
 def stage(run: Path, name: str, text: str = "{}") -> None:
@@ -70,3 +71,14 @@ def test_replacing_a_checkpoint_survives_a_kill_between_the_renames(tmp_path: Pa
     layout.recover(tmp_path)
     assert layout.complete_checkpoints(tmp_path) == [old]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_all_drafts_that_a_kill_left_go(tmp_path: Path) -> None:
+    """A checkpoint under way, the link to the newest, and a file of metrics; what is published stays."""
+    stage(tmp_path, layout.checkpoint_name(0, 2))
+    (tmp_path / f"{layout.STAGING}{layout.LATEST}").symlink_to("epoch0-global_step1")
+    (tmp_path / f"{DRAFT}metrics.jsonl").write_text("half")
+    (tmp_path / "metrics.jsonl").write_text("whole")
+    assert len(list(tmp_path.glob(".*"))) == 3
+    layout.recover(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
