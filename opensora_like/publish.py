@@ -11,6 +11,11 @@ from pathlib import Path
 DRAFT = ".writing-"  # what such names begin with; one is left behind by a kill only
 
 
+def is_draft(path: Path) -> bool:
+    """Whether this is a file under way, or what a kill left of one; who lists a folder passes over it."""
+    return path.name.startswith(DRAFT)
+
+
 @contextmanager
 def staged(target: Path, *, shared: bool = False) -> Iterator[Path]:
     """A name to write to; what is there at the end is on disk, and then gets the name `target`.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora_like.publish import DRAFT, staged
+from opensora_like.publish import DRAFT, is_draft, staged
 
 
 def test_appears_at_the_end_and_replaces(tmp_path: Path) -> None:
@@ -16,7 +16,7 @@ def test_appears_at_the_end_and_replaces(tmp_path: Path) -> None:
     target.write_text("old")
     with staged(target) as draft:
         draft.write_text("new")
-        assert target.read_text() == "old" and draft.suffix == ".csv"
+        assert target.read_text() == "old" and draft.suffix == ".csv" and is_draft(draft) and not is_draft(target)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("table.csv", "new")]
 
 

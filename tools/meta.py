@@ -29,7 +29,7 @@ if ROOT not in sys.path:  # works from a checkout that is not installed
 
 from opensora_like.datasets.clip_facts import Engine, Journal, Result, check_engine, measure_all  # noqa: E402
 from opensora_like.datasets.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_file  # noqa: E402
-from opensora_like.publish import staged  # noqa: E402
+from opensora_like.publish import is_draft, staged  # noqa: E402
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +80,7 @@ def _read_folder(folder: Path) -> pd.DataFrame:
     import pandas as pd
 
     kinds = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file() and not is_draft(p))
     if not files:
         raise ValueError(f"--input {str(folder)!r} has no video or image in it; known are {sorted(kinds)}")
     captions = _read_captions(folder)

@@ -26,6 +26,7 @@ from opensora_like.cli import run_guarded
 from opensora_like.datasets.video_io import is_image, probe, read_frames, read_image
 from opensora_like.evaluation.shapes import ASPECTS, accuracy, score_clip
 from opensora_like.evaluation.world import COLOURS, DIRECTIONS, SHAPES, Combination, combination_of, to_video
+from opensora_like.publish import is_draft
 
 KNOWN = {"colour": COLOURS, "shape": SHAPES, "direction": ("", *DIRECTIONS)}
 
@@ -75,7 +76,7 @@ def find_samples(folder: Path, wanted: Sequence[Wanted], *, allow_missing: bool)
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"samples {str(folder)!r} is not a folder")
-    files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix in (".mp4", ".png")}
+    files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix in (".mp4", ".png") and not is_draft(p)}
     found, missing = [], []
     for prompt in wanted:
         names, repeat = [prompt.name], 1

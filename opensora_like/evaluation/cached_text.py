@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opensora_like.datasets.latent_store import MANIFEST, open_store
 from opensora_like.datasets.meta_file import read_meta
 from opensora_like.models.base import TextEncoder
+from opensora_like.publish import is_draft
 from opensora_like.runtime import logger
 
 ReadEmbeddings = Callable[[], dict[str, Tensor]]
@@ -57,7 +58,7 @@ def read_cached_prompts(folder: str | Path) -> CachedPrompts:
     if (folder / MANIFEST).is_file():
         found = _of_store(folder)
     else:
-        files = sorted(folder.glob("*.meta")) if folder.is_dir() else []
+        files = sorted(f for f in folder.glob("*.meta") if not is_draft(f)) if folder.is_dir() else []
         if not files:
             raise FileNotFoundError(
                 f"meta_folder={str(folder)!r} has neither {MANIFEST} of a store of latents nor *.meta files"

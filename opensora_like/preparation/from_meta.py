@@ -18,6 +18,7 @@ from opensora_like.datasets.meta_file import MetaClip, read_meta
 from opensora_like.models.fingerprint import cache_fingerprint, latent_facts
 from opensora_like.preparation.sinks import NULL, SETTINGS, TEXT, forget_failures
 from opensora_like.preparation.videos import Counts
+from opensora_like.publish import is_draft
 from opensora_like.registry import MODELS, build
 
 logger = logging.getLogger("opensora_like")
@@ -29,7 +30,7 @@ def meta_files(folder: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: no such folder, or none in it.
     """
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".meta", ".pt"))
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".meta", ".pt") and not is_draft(path))
     if not found:
         raise FileNotFoundError(f"from_meta={str(folder)!r} has no .meta files")
     return found

@@ -20,7 +20,7 @@ from opensora_like.datasets.meta_file import MetaClip, MetaFacts, read_meta, wri
 from opensora_like.datasets.video_io import VideoInfo
 from opensora_like.preparation.captions import Clip
 from opensora_like.preparation.frames import Pick
-from opensora_like.publish import staged
+from opensora_like.publish import is_draft, staged
 
 SETTINGS, NULL = "prepare.json", "null.safetensors"
 TEXT = "text"  # the name of the condition that the caption's embedding is
@@ -184,7 +184,7 @@ class MetaSink:
         settings = folder / SETTINGS
         if settings.is_file():
             check_fingerprint(folder, json.loads(settings.read_text()), plain)
-        elif any(folder.glob("*.meta")):
+        elif any(not is_draft(file) for file in folder.glob("*.meta")):
             raise ValueError(f"{str(folder)!r} has .meta files of another program; write into another folder")
         else:
             with staged(settings, shared=True) as draft:

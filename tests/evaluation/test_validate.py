@@ -21,6 +21,7 @@ from opensora_like.datasets.meta_file import MetaClip, MetaFacts, write_meta
 from opensora_like.evaluation.find_weights import find_weights
 from opensora_like.evaluation.validate import build_validation, read_request
 from opensora_like.models.base import Denoiser
+from opensora_like.publish import DRAFT
 from opensora_like.registry import MODELS, build
 from opensora_like.settings import InferenceConfig
 from tests.training.harness import ROOT, train_toy
@@ -83,6 +84,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         clip = MetaClip(torch.zeros(16, 2, 2, 2), embeddings[number], text, 5)
         path = folder / f"meta/clip_{number}.meta"
         write_meta(path, clip, MetaFacts(metadata={}, source_path="", num_frames_read=5))
+    (folder / f"meta/{DRAFT}clip_9.meta").write_bytes(b"half of it")  # what a kill leaves
     with (folder / "prompts.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text", "name"], *([text, f"clip_{n}"] for n, text in enumerate(TEXTS))])
     return {"store": folder / "store", "meta": folder / "meta", "csv": folder / "prompts.csv"}

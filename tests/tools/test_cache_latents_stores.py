@@ -47,6 +47,7 @@ def test_meta_files_become_a_store(videos, model, tmp_path, capsys):
     """Files that were made here bring their settings along, and the store is as if it had been made at once."""
     assert encode(videos, tmp_path / "meta", model, "--output_format", "automodel") == 0
     assert encode(videos, tmp_path / "direct", model) == 0
+    (tmp_path / "meta/.writing-d.meta").write_bytes(b"half of it")  # what a kill leaves
     convert = ["--from_meta", tmp_path / "meta", "--output_folder", tmp_path / "store"]
     assert run(*convert) == 0
     direct, made = entries_of(tmp_path / "direct"), entries_of(tmp_path / "store")

@@ -88,6 +88,7 @@ def test_both_commands_and_any_number_of_workers_agree(folder):
 def test_a_folder_is_measured_with_its_captions(folder, capsys):
     """Captions come from .txt files and from captions.csv; the table is parquet and fit for training."""
     (folder / "a.txt").write_text("A dog.\n")
+    (folder / ".writing-d.mp4").write_bytes(b"half of it")  # what a kill leaves of a sample
     (folder / "captions.csv").write_text("file_name,caption\nsub/b.mp4,A cat.\na.mp4,not used\n")
     assert meta.main(["--input", str(folder), "--output", str(folder / "out.parquet"), "--num_workers", "0"]) == 0
     out = pd.read_parquet(folder / "out.parquet")
