@@ -39,9 +39,8 @@ from opensora_like.training import resources
 from opensora_like.training.batch_size import ranks_per_sample, with_batch_sizes
 from opensora_like.training.cached import open_cached
 from opensora_like.training.data import build_dataset
-from opensora_like.training.data_checks import bucket_errors, bucket_notes, steps_of
+from opensora_like.training.data_checks import bucket_errors, bucket_notes, build_outline, steps_of
 from opensora_like.training.held_out_loss import hold_out
-from opensora_like.training.measure import build_on_meta
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64)  # times the ranks that share a sample
 MAX_LISTED = 100_000  # rows of one reason in offenders.csv
@@ -85,10 +84,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     if any(text.replace("-", "_").lstrip("_").startswith("dataset.data_path") for text in overrides):
         raise ValueError("the table is given twice: as the first argument and as --dataset.data-path; remove one")
     cfg = read_config(args.config, [*overrides, "--dataset.data-path", args.table], schema=RunConfig).config
-    model = build_on_meta(cfg.model, where="model")
-    cached = open_cached(cfg)
-    autoencoder = build_on_meta(cfg.autoencoder, where="autoencoder") if cached is None else cached.autoencoder
-    findings = examine(args, cfg, autoencoder, resources.grid_of(model, autoencoder))
+    outline = build_outline(cfg, open_cached(cfg))
+    findings = examine(args, cfg, outline.autoencoder, resources.grid_of(*outline))
     output = args.output or Path("outputs/doctor") / Path(args.table).stem
     files = write_lists(output, findings, kinds)
     write_page(output / "report.html", findings, files=files, config=config_text(cfg))

@@ -37,6 +37,7 @@ from opensora_like.training import measure, resources
 from opensora_like.training.batch_size import with_batch_sizes
 from opensora_like.training.cached import KIND, cached_encoders
 from opensora_like.training.data import build_dataset
+from opensora_like.training.data_checks import build_outline
 from opensora_like.training.held_out_loss import hold_out
 
 WORLDS = (8, 64)  # at which utilisation is always printed
@@ -82,8 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, cfg: RunConfig) -> int:
-    model = measure.build_on_meta(cfg.model, where="model")
-    autoencoder = measure.build_on_meta(cfg.autoencoder, where="autoencoder")
+    model, autoencoder = build_outline(cfg, None)
     grid = resources.grid_of(model, autoencoder)
     buckets = compile_buckets(cfg.bucket_config, multiple=grid.spatial)
     if args.measure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.batch import Batch
-from opensora_like.datasets.loader import fill_places, read_ahead
+from opensora_like.datasets.loader import fill_places, read_ahead, without_tensors
 from opensora_like.datasets.plan import MicroBatch
 from opensora_like.datasets.video_io import BadSample
 
@@ -129,14 +129,8 @@ def _agreed(read: dict[str, Any], *, dataset: ClipDataset, dealing: Dealing) -> 
     samples, bad = fill_places(micro_batch, look_up)
     places = sorted(videos)
     as_read = places == good  # the usual case: the pixels stay where they are, in page-locked memory
-    return Batch(
-        epoch=micro_batch.epoch,
-        index=micro_batch.index,
-        shape=micro_batch.shape,
-        rows=[sample.row for sample in samples],
-        text=[sample.text for sample in samples],
-        paths=[sample.path for sample in samples],
+    return replace(
+        without_tensors(samples, micro_batch=micro_batch, bad=bad),
         video_BCTHW=read["video"] if as_read else torch.stack([videos[place] for place in places]),
-        bad=bad,
         places=places,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -152,6 +153,26 @@ def collate(samples: list[Sample], *, micro_batch: MicroBatch, bad: list[tuple[i
     Raises:
         ValueError: tensors of different shapes; both are named.
     """
+    return replace(
+        without_tensors(samples, micro_batch=micro_batch, bad=bad),
+        video_BCTHW=_stack("video", samples, [s.video_CTHW for s in samples]),
+        latents_BCTHW=_stack("latents", samples, [s.latents_CTHW for s in samples]),
+        latents_std_BCTHW=_stack("latents_std", samples, [s.latents_std_CTHW for s in samples]),
+        embeddings=_stack_named("embeddings", samples, [s.embeddings for s in samples]),
+        references=_stack_named("references", samples, [s.references for s in samples]),
+    )
+
+
+class Named(Protocol):
+    """What is known of a sample beside its tensors."""
+
+    row: int
+    text: str
+    path: str
+
+
+def without_tensors(samples: Sequence[Named], *, micro_batch: MicroBatch, bad: list[tuple[int, str, str]]) -> Batch:
+    """A batch of these samples that has no tensors yet."""
     return Batch(
         epoch=micro_batch.epoch,
         index=micro_batch.index,
@@ -159,11 +180,6 @@ def collate(samples: list[Sample], *, micro_batch: MicroBatch, bad: list[tuple[i
         rows=[sample.row for sample in samples],
         text=[sample.text for sample in samples],
         paths=[sample.path for sample in samples],
-        video_BCTHW=_stack("video", samples, [s.video_CTHW for s in samples]),
-        latents_BCTHW=_stack("latents", samples, [s.latents_CTHW for s in samples]),
-        latents_std_BCTHW=_stack("latents_std", samples, [s.latents_std_CTHW for s in samples]),
-        embeddings=_stack_named("embeddings", samples, [s.embeddings for s in samples]),
-        references=_stack_named("references", samples, [s.references for s in samples]),
         bad=bad,
     )
 
