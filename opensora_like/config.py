@@ -149,8 +149,8 @@ def _hint_of(path: KeyPath, settings: Mapping, schema: type) -> Any:
     if path[depth] == "type":
         return str
     if path[depth] not in known:
-        where = ".".join(map(str, path[:depth]))
-        raise ValueError(f"--{where}.{path[depth]}: no such argument of it; {nearest(str(path[depth]), known)}")
+        where, near = ".".join(map(str, path[:depth])), nearest(str(path[depth]), {*known, "type"})
+        raise ValueError(f"--{where}.{path[depth]}: no such argument of it; {near}")
     return hints_of(cls).get(path[depth], Any)
 
 

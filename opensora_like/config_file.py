@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +48,15 @@ def read_layers(path: Path) -> tuple[dict[str, Any], list[Layer]]:
 
 
 def _similar_files(path: Path) -> str:
+    """The end of a sentence: files of a near name in the folder or below it, or all of the folder."""
     folder = path.parent
-    found = sorted(str(f) for f in folder.glob("*.py")) if folder.is_dir() else []
-    return f"; there are {found}" if found else f"; there is no folder {str(folder)!r} with configs"
+    if not folder.is_dir():
+        return f"; there is no folder {str(folder)!r} with configs"
+    by_name: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("*.py")):
+        by_name.setdefault(file.name, []).append(str(file))
+    near = [file for name in get_close_matches(path.name, by_name, n=3, cutoff=0.75) for file in by_name[name]]
+    return f"; did you mean {near}?" if near else f"; there are {sorted(map(str, folder.glob('*.py')))}"
 
 
 def _layers_of(path: Path, seen: tuple[Path, ...]) -> list[Layer]:

@@ -97,6 +97,7 @@ REFUSED = [
     (["--foo.bar", "1"], "--foo: no such setting"),
     (["--model.foo.bar", "1"], "foo"),
     (["--model.depht", "1"], "did you mean .*'depth'"),
+    (["--model.typ", "mmdit"], r"--model.typ: .*did you mean \['type'\]"),
     (["--optim.lrr", "1"], "did you mean .*'lr'"),
     (["--encoders.text.max_lenght", "1"], "max_length"),
     (["--model.type", "mmdt"], "unknown model 'mmdt'; did you mean .*'mmdit'"),
@@ -178,9 +179,18 @@ def test_mistakes_in_files_are_errors(base: Path, text: str, message: str) -> No
 
 
 def test_missing_files(base: Path, tmp_path: Path) -> None:
-    """A missing config or base is named, with what is there instead."""
-    with pytest.raises(FileNotFoundError, match=r"base\.py"):
+    """A missing config or base is named, with the nearest names, or with what is there instead."""
+    with pytest.raises(FileNotFoundError, match=r"did you mean \['.*base\.py'\]"):
         read(tmp_path / "bsae.py")
+    with pytest.raises(FileNotFoundError, match=r"there are \['.*base\.py'\]"):
+        read(tmp_path / "another.py")
+    with pytest.raises(FileNotFoundError, match="no folder '.*nowhere'"):
+        read(tmp_path / "nowhere/base.py")
+    below = tmp_path / "train/stage7.py"
+    below.parent.mkdir()
+    below.write_text("steps = 1")
+    with pytest.raises(FileNotFoundError, match=r"did you mean \['.*train/stage7\.py'\]"):
+        read(tmp_path / "stage7.py")
     with pytest.raises(FileNotFoundError, match=r"its base 'gone.py'"):
         read(child(tmp_path / "gone.py", "steps = 1"))
     loop = tmp_path / "loop.py"
