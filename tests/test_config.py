@@ -184,7 +184,7 @@ def test_missing_files(base: Path, tmp_path: Path) -> None:
         read(tmp_path / "bsae.py")
     with pytest.raises(FileNotFoundError, match=r"there are \['.*base\.py'\]"):
         read(tmp_path / "another.py")
-    with pytest.raises(FileNotFoundError, match="no folder '.*nowhere'"):
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere'"):
         read(tmp_path / "nowhere/base.py")
     below = tmp_path / "train/stage7.py"
     below.parent.mkdir()
