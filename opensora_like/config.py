@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 
 from opensora_like.config_file import Layer, last_setter, read_layers, set_path, split_arguments
 from opensora_like.registry import fit, fit_arguments, hints_of, nearest, parameters_of, resolve
-from opensora_like.settings import SECTIONS, SHORTHANDS, KeyPath, Optim, RunConfig, Section
+from opensora_like.settings import (
+    PLAIN_SECTIONS,
+    SECTIONS,
+    SHORTHANDS,
+    Distill,
+    KeyPath,
+    Optim,
+    RunConfig,
+    Section,
+)
 
 Schema = TypeVar("Schema")
 
@@ -161,8 +170,8 @@ def _section_class(path: KeyPath, settings: Mapping) -> tuple[int, Any]:
     section: Any = settings
     for name in path[:depth]:
         section = section.get(name, {}) if isinstance(section, Mapping) else {}
-    if path[0] == "optim":
-        return depth, Optim
+    if path[0] in PLAIN_SECTIONS:
+        return depth, PLAIN_SECTIONS[path[0]]
     if known is None or len(path) <= depth or not isinstance(section, Mapping) or "type" not in section:
         return depth, None
     return depth, resolve(section["type"], known.registry, where=".".join(map(str, path[:depth])))
@@ -231,6 +240,11 @@ def _check_sections(values: dict[str, Any]) -> None:
         checked = fit_arguments(Optim, section, where="optim")
         checked["type"] = fit(section["type"], hints_of(Optim)["type"], "optim.type")
         values["optim"] = dataclasses.asdict(Optim(**checked))
+    if values.get("distill") is not None:
+        if "type" in values["distill"]:
+            raise ValueError(f"distill.type={values['distill']['type']!r}: there is one kind only; remove it")
+        checked = fit_arguments(Distill, {"type": "distill", **values["distill"]}, where="distill")
+        values["distill"] = dataclasses.asdict(Distill(**checked))
     for name, known in SECTIONS.items():
         top = name.split(".")[0]
         if values.get(top) is None:

@@ -34,6 +34,33 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """Distribution matching distillation, see docs/distillation.md.
+
+    Args:
+        times: at which the generator is evaluated, before the shift of `scheduler`; 1 is noise.
+        gen_update_interval: updates of the critic after each one of the generator.
+        real_guidance: scale of text guidance in the teacher's score; 1 is none.
+        fake_guidance: the same in the critic's; 0 and 1 are none.
+        critic_lr: in place of `optim.lr`, for the critic.
+        negative_prompt: caption of the branch that guidance leads away from.
+        boundary: time after the shift at which two experts take turns; None trains one model for all times. The
+            high expert is trained on the steps from noise down to it; with `before`, the low expert on the others.
+        before: `from_pretrained`, and `lora_checkpoint` if it has one, of the high expert: what the low one goes on
+            from.
+    """
+
+    times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    gen_update_interval: int = 5
+    real_guidance: float = 6.0
+    fake_guidance: float = 0.0
+    critic_lr: float = 1e-6
+    negative_prompt: str = ""
+    boundary: float | None = None
+    before: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run. Every top-level name of a training config is a field here."""
 
@@ -53,6 +80,12 @@ class RunConfig:
         None, doc="task -> relative frequency (t2v, i2v_head, i2v_tail, i2v_loop, v2v_*); None trains t2v only"
     )
     no_i2v_ref_loss: bool = setting(False, doc="leave the given frames out of the loss")
+    motion_loss_ratio: float = setting(
+        0.0, doc="share of a sample's loss that is the squared error of the changes from latent frame to frame"
+    )
+    error_cut: float | None = setting(
+        None, doc="elements of the velocity that are off by more than this count as 0 in the loss; None counts all"
+    )
     loss_weight: Literal["per_micro_batch", "per_sample", "per_token"] = setting(
         "per_micro_batch", doc="what counts the same in a step's loss: each micro-batch, sample or latent token"
     )
@@ -183,7 +216,23 @@ class RunConfig:
         "adapters are trained and saved. None trains the model",
     )
     lora_checkpoint: str | None = setting(
-        None, doc="with `lora_config`: adapters to begin from, a LoRA run's checkpoint or a folder of peft"
+        None,
+        doc="with `lora_config`: adapters to begin from: a LoRA run's checkpoint, a folder of peft, or a file of peft, "
+        "diffusers, kohya or ComfyUI",
+    )
+    trainable_modules: list[str] | None = setting(
+        None,
+        doc="train the parameters whose names have one of these parts in them (as 'attn2.', 'norm'), freeze the others "
+        "and save those that are trained alone; None trains all",
+    )
+    lr_scales: dict[str, float] = setting(
+        {}, doc="part of parameters' names -> what `optim.lr` is multiplied with for them; 1 for all others"
+    )
+    distill: dict | None = setting(
+        None,
+        doc="train a generator of few steps against a critic, from a teacher: `times` (1, 0.75, 0.5, 0.25, before the "
+        "shift), `gen_update_interval` (5), `real_guidance` (6), `fake_guidance` (0), `critic_lr` (1e-6), "
+        "`negative_prompt`, and for one of two experts `boundary` and `before`. None: flow matching",
     )
     custom_imports: list[str] = setting([], doc="modules to import first, so that their classes register themselves")
 
@@ -199,10 +248,18 @@ class InferenceConfig:
     ckpt_path: str | None = setting(None, doc="weights: a training checkpoint (EMA preferred) or safetensors file")
     use_ema: bool = setting(True, doc="take the EMA of a training checkpoint where it has one")
     lora_checkpoint: str | None = setting(
-        None, doc="adapters to add to the weights: a LoRA run's checkpoint or a folder of peft"
+        None,
+        doc="adapters to add to the weights: a LoRA run's checkpoint, a folder of peft, or a file of peft, diffusers, "
+        "kohya or ComfyUI",
+    )
+    lora_scale: float = setting(1.0, doc="with `lora_checkpoint`: what the adapters are multiplied with")
+    other_expert: dict | None = setting(
+        None,
+        doc="a second denoiser of the same sizes, for a part of the times (Wan 2.2): `boundary` (0.9), `noise` ('low', "
+        "'high'), `from_pretrained` or `ckpt_path`, `use_ema`, `lora_checkpoint`, `lora_scale`, `guidance`",
     )
     prompt: str | None = setting(None, doc="one prompt; or give `prompts`")
-    prompts: str | None = setting(None, doc="csv with a column `text`, optionally `name`, `neg`, `ref`")
+    prompts: str | None = setting(None, doc="csv with a column `text`, optionally `name`, `neg`, `ref`, `audio`")
     start_index: int = setting(0, doc="first row of `prompts` that is made, from 0")
     end_index: int | None = setting(None, doc="row of `prompts` before which to stop; None makes all that follow")
     negative_prompt: str = setting("", doc="text of the unconditional branch")
@@ -213,6 +270,9 @@ class InferenceConfig:
     )
     ref: str | None = setting(
         None, doc="reference image or video of `cond_type`, a file or an http(s) address; several joined by ';'"
+    )
+    audio: str | None = setting(
+        None, doc="file of what is said, for a denoiser that hears; it tells how long the video is, up to `num_frames`"
     )
     max_reference_mb: float = setting(256.0, doc="MB (10**6 bytes) above which a reference is not fetched")
     cond_type: str = setting("t2v", doc="t2v, i2v_head, i2v_tail, i2v_loop, v2v_*")
@@ -227,7 +287,12 @@ class InferenceConfig:
     width: int | None = setting(None, doc="pixels")
     num_frames: int = setting(129, doc="pixel frames; 1 makes an image")
     num_steps: int = setting(50, doc="steps of the sampler")
-    sampler: Literal["euler", "unipc"] = setting("euler", doc="integrator")
+    sampler: Literal["euler", "unipc", "few_step"] = setting(
+        "euler", doc="integrator; few_step jumps to the data and adds noise again, as a distilled model was trained"
+    )
+    few_step_times: list[float] | None = setting(
+        None, doc="for sampler few_step: `distill.times` of the training, before the shift, `num_steps` of them"
+    )
     time_grid: Literal["even", "diffusers"] = setting(
         "even",
         doc="times before the shift: even from 1 to 0, or those of diffusers' scheduler of this sampler, for the "
@@ -235,6 +300,9 @@ class InferenceConfig:
     )
     guidance: float = setting(7.5, doc="text guidance scale; 1 is none")
     guidance_img: float = setting(3.0, doc="image guidance scale, for tasks with a reference")
+    audio_guidance: float | None = setting(
+        None, doc="scale of guidance by sound, for a denoiser that hears; 1 is none, and so is None"
+    )
     text_osci: bool = setting(True, doc="use text guidance in the first ten steps and then in every other one")
     image_osci: bool = setting(True, doc="the same for image guidance")
     scale_temporal_osci: bool = setting(True, doc="let image guidance grow along the latent frames")
@@ -296,6 +364,7 @@ class Section(NamedTuple):
     methods: tuple[str, ...] = ()
 
 
+PLAIN_SECTIONS = {"optim": Optim, "distill": Distill}  # sections of numbers and words, without a registry
 SECTIONS = {
     "model": Section(MODELS, methods=("adapt_weights", "parallel_plan")),
     "autoencoder": Section(MODELS, methods=("decode", "latent_shape")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,10 @@ def test_a_training_config_fits_itself(path: Path) -> None:
 def check_plan(config: RunConfig, buckets: Buckets) -> None:
     """Clips of all sizes and lengths make full batches, of the bucket's shape, in every resolution."""
     frames = sorted({n for table in config.bucket_config.values() for n in table})
-    plan = build_plan(clips(frames), buckets, fps_max=config.dataset.get("fps_max", 24.0), seed=0, epoch=0)
+    fps_max = config.dataset.get("fps_max", 24.0)
+    interval = math.ceil(24.0 / fps_max)  # frames of a clip of 24 fps of which one is taken
+    frames = [n if n == 1 else n * interval for n in frames]
+    plan = build_plan(clips(frames), buckets, fps_max=fps_max, seed=0, epoch=0)
     for micro in (plan[i] for i in range(0, len(plan), max(1, len(plan) // 50))):
         bucket = plan.bucket_ids[micro.index]
         assert len(micro.rows) == buckets.batch_sizes[bucket] and micro.shape == buckets.shapes[bucket]

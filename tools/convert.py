@@ -30,6 +30,7 @@ from opensora_like.checkpoint.export import export_weights, parse_size
 from opensora_like.checkpoint.weights import read_weights
 from opensora_like.cli import run_guarded
 from opensora_like.config import read_config
+from opensora_like.models.fantasy_talking import convert as fantasy_talking
 from opensora_like.models.mmdit import convert as mmdit
 from opensora_like.models.mmdit.diffusers_layout import from_diffusers, is_diffusers, to_diffusers
 from opensora_like.models.wan import convert as wan
@@ -45,6 +46,7 @@ LAYOUTS: dict[str, dict[str, Convert]] = {
         "diffusers": to_diffusers,
     },
     "wan": {"diffusers": wan.to_diffusers, "original": lambda weights: wan.to_original(wan.to_diffusers(weights))},
+    "fantasy_talking": {"diffusers": fantasy_talking.to_diffusers, "original": fantasy_talking.to_original},
 }
 ROPES: dict[str, Convert] = {
     "interleaved:liger": mmdit.to_liger_rope,
@@ -62,6 +64,8 @@ def convert(weights: Mapping[str, Tensor], *, model: str, to: str, rope: str | N
         raise ValueError(f"--to {to!r}: {model} has the layouts {sorted(LAYOUTS[model])}")
     if rope is not None and model != "mmdit":
         raise ValueError(f"--rope {rope!r}: only mmdit has two orders of rotated pairs; remove it")
+    if model == "fantasy_talking":
+        weights = fantasy_talking.flatten(weights)
     if not any(name.split(".")[-1] in ("weight", "bias") and "blocks." in name for name in weights):
         raise ValueError(f"no weights of {model} blocks among {len(weights)} tensors: {sorted(weights)[:3]}")
     if rope is not None and is_diffusers(weights):

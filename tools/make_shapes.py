@@ -132,19 +132,30 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"output={str(output)!r} holds clips already; give another folder or --overwrite")
 
 
+def empty_folder(output: Path, tables: Sequence[Path], *, overwrite: bool) -> Path:
+    """The folder of the clips, without those of another set, whose tables are gone first.
+
+    Raises:
+        ValueError: see `check_output`.
+    """
+    check_output(output, overwrite=overwrite)
+    for table in tables:
+        table.unlink(missing_ok=True)
+    folder = output / "clips"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def write_set(what: ShapesSet, output: Path, *, num_workers: int = 1, overwrite: bool = False) -> None:
     """Write clips and tables below `output`. The tables come last, so a set that was cut off has none.
 
     Raises:
         ValueError: `output` holds a set already and `overwrite` is not given.
     """
-    folder, tables = output / "clips", [output / f"{name}.csv" for name in ("clips", "seen", "held_out")]
-    check_output(output, overwrite=overwrite)
-    for table in tables:
-        table.unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    tables = [output / f"{name}.csv" for name in ("clips", "seen", "held_out")]
+    folder = empty_folder(output, tables, overwrite=overwrite)
     truths = what.truths()
     write = partial(write_row, what, folder)
     if num_workers > 1:

@@ -4,9 +4,11 @@ python tools/meta.py --input clips.csv --output clips_meta.csv [--num_workers N]
 python tools/meta.py --input clips.csv --output clips_meta.csv --engine ray          on all machines of a ray cluster
 
 --input is a csv, parquet, json or jsonl file with the column `path` (looked up from the current folder, then from the
-folder of the table), or a folder. A folder is searched with all below it for videos and images; the caption of a.mp4 is
-the text of a.txt beside it, or comes from captions.csv or metadata.csv in the folder, with the columns path (or
-file_name), relative to the folder, and text (or caption).
+folder of the table, or from --data_root), or a folder. A table without `path` may name it `file_path`, and a json may
+hold its rows as {"samples": [...]}, as metadata.json of other trainers do: the column becomes `path`. A folder is
+searched with all below it for videos and images; the caption of a.mp4 is the text of a.txt beside it, or comes from
+captions.csv or metadata.csv in the folder, with the columns path (or file_name), relative to the folder, and text (or
+caption).
 
 --output is a csv or parquet file. Existing columns stay as they are, the measured ones follow. Rows whose file cannot
 be read are left out and listed with the reason in <output>_errors.csv. Files are not decoded, see video_io.probe.
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 MEASURED = ("height", "width", "fps", "num_frames", "aspect_ratio", "resolution")
 READABLE = (".csv", ".parquet", ".json", ".jsonl")
 WRITABLE = (".csv", ".parquet")
+OTHER_PATH = "file_path"  # what other trainers call the column `path`
 CAPTION_TABLES = ("captions.csv", "metadata.csv")
 
 
@@ -62,11 +65,13 @@ def read_input(path: Path) -> pd.DataFrame:
         elif suffix in (".json", ".jsonl"):
             text = path.read_text(encoding="utf-8-sig")
             lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            table = pd.DataFrame(lines if suffix == ".jsonl" else json.loads(text))
+            table = pd.DataFrame(lines if suffix == ".jsonl" else _rows_of(json.loads(text)))
         else:
             raise ValueError(f"the suffix {suffix!r} is not one of {READABLE}")
     except (ValueError, OSError) as problem:  # parsers' errors are ValueErrors, so is ArrowInvalid
         raise ValueError(f"--input {str(path)!r} cannot be read: {problem}") from problem
+    if "path" not in table.columns and OTHER_PATH in table.columns:
+        table = table.rename(columns={OTHER_PATH: "path"})
     if "path" not in table.columns:
         raise ValueError(f"--input {str(path)!r} has no column 'path', only {list(table.columns)}; add it")
     if not len(table):
@@ -74,6 +79,11 @@ def read_input(path: Path) -> pd.DataFrame:
     if bad := [i for i, value in enumerate(table["path"]) if not isinstance(value, str) or not value]:
         raise ValueError(f"--input {str(path)!r} has no path in {len(bad)} rows, first in row {bad[0]} (from 0)")
     return table
+
+
+def _rows_of(content: Any) -> Any:
+    """The list of rows of a json, which may be within ``{"samples": [...]}``."""
+    return content["samples"] if isinstance(content, dict) and isinstance(content.get("samples"), list) else content
 
 
 def _read_folder(folder: Path) -> pd.DataFrame:
@@ -155,9 +165,11 @@ def run(options: argparse.Namespace, *, show: Callable[..., Any]) -> int:
     check_engine(options.engine)
     table = read_input(source)
     table_path = source if source.is_file() else Path.cwd() / "table.csv"  # rows of a folder start here
-    files = [find_file(path, table_path=table_path) for path in table["path"]]
+    files = [find_file(path, table_path=table_path, data_root=options.data_root) for path in table["path"]]
     beside = sum(file != path for file, path in zip(files, table["path"], strict=True))
-    if beside and target.resolve().parent != source.resolve().parent:
+    if options.data_root is not None:
+        print(f"paths start at {options.data_root!r}: train with dataset.data_root set to it", file=sys.stderr)
+    elif beside and target.resolve().parent != source.resolve().parent:
         print(
             f"{beside} paths start at {str(source.parent)!r}: train with dataset.data_root set to it", file=sys.stderr
         )
@@ -198,6 +210,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="table or folder")
     parser.add_argument("--output", required=True, help="csv or parquet")
+    parser.add_argument("--data_root", "--data-root", help="folder that the paths in the table start from")
     parser.add_argument("--num_workers", "--num-workers", type=int, help="processes; default all cores, 0 is this one")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
     parser.add_argument("--timeout_seconds", "--timeout-seconds", type=float, default=60.0, help="for one file")

@@ -31,7 +31,7 @@ from opensora_like.datasets.bucket import Buckets, compile_buckets
 from opensora_like.datasets.cost import COEFFICIENTS, CostModel, Grid, Measured, calibrate
 from opensora_like.datasets.latent_store import open_store
 from opensora_like.datasets.plan import EpochPlan, steps_in_epoch
-from opensora_like.registry import MODELS, build, fit_arguments
+from opensora_like.registry import MODELS, build, fit_arguments, resolve
 from opensora_like.settings import RunConfig
 from opensora_like.training import measure, resources
 from opensora_like.training.batch_size import with_batch_sizes
@@ -44,6 +44,9 @@ WORLDS = (8, 64)  # at which utilisation is always printed
 UNIFORM_MICRO_BATCHES = 20_000
 # weights of published text encoders by the last part of their name
 ENCODERS = {"t5-v1_1-xxl": 4.76e9, "umt5-xxl": 5.68e9, "clip-vit-large-patch14": 0.123e9}
+# and by their type, where the name is that of a whole pipeline
+ENCODERS |= {"llm": 7.5e9, "llava": 8.36e9, "clip": 0.123e9, "umt5": 5.68e9}
+ENCODERS |= {"clip_vision": 0.632e9, "wav2vec2": 0.094e9, "loudness": 0.0}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -173,11 +176,13 @@ def _frozen(cfg: RunConfig, autoencoder) -> tuple[float, float, int, list[str]]:
     for name, section in cfg.encoders.items():
         if section.get("tiny") is not None:
             encoder = build(section, MODELS, where=f"encoders.{name}")
-            elements, tokens = sum(p.numel() for p in encoder.parameters()), encoder.max_length
+            elements, tokens = sum(p.numel() for p in encoder.parameters()), getattr(encoder, "max_length", 0)
         else:
             published = Path(str(section.get("from_pretrained"))).name
-            elements, tokens = ENCODERS.get(published, 0.0), section.get("max_length", resources.DEFAULT_TEXT)
-            if not elements and name not in (cached or ()):
+            elements = ENCODERS.get(published, ENCODERS.get(section.get("type"), 0.0))
+            kind = resolve(section.get("type"), MODELS, where=f"encoders.{name}")
+            tokens = section.get("max_length", resources.DEFAULT_TEXT) if hasattr(kind, "encode") else 0
+            if published not in ENCODERS and section.get("type") not in ENCODERS and name not in (cached or ()):
                 notes.append(f"encoders.{name}: the size of {published!r} is not known, it is counted as 0")
         length = max(length, tokens)
         if name in (cached or ()):

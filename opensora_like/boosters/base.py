@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+BESIDE = "critic."  # begins the names of a model that is trained beside the denoiser; who samples leaves it out
 
 
 class ShardRange(NamedTuple):
@@ -58,9 +59,10 @@ class Booster(Protocol):
 
     A backend that cannot honour its config raises ValueError when it is built, not later.
 
-    It may have two attributes more: ``tensor_group``, the ranks that share linears and read the same samples (or
-    None), over which encoders can be cut; and ``loads_in_parts``, True where a rank needs less host memory for a model
-    on ``meta`` whose parts it reads than for a whole one.
+    It may have three attributes more: ``tensor_group``, the ranks that share linears and read the same samples (or
+    None), over which encoders can be cut; ``loads_in_parts``, True where a rank needs less host memory for a model
+    on ``meta`` whose parts it reads than for a whole one; and ``shard_frozen(model)``, which cuts up a denoiser that is
+    only asked.
     """
 
     dp_rank: int  # which slice of every global batch this process reads

@@ -28,6 +28,7 @@ from opensora_like.boosters.sequence_parallel import (
 from opensora_like.boosters.strips import fill_rows, gather_strips, owned_rows
 from opensora_like.boosters.tensor_parallel import TensorCut, apply_tensor_parallelism, owned, per_head_names
 from opensora_like.boosters.update import OptimizerState, check_numbers, sum_of_squares
+from opensora_like.models.base import ParallelPlan
 from opensora_like.registry import BOOSTERS
 
 WHERE = "booster.type='fsdp2'"
@@ -117,12 +118,7 @@ class FSDP2Booster:
             apply_sequence_parallelism(model, self._sequence)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
-        # the model's output is a view, and nothing here writes into it
-        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-        common = {"mesh": self._grid.sharding, "mp_policy": self._precision, "offload_policy": self._offload}
-        for _, block in modules_at(model, plan.blocks):
-            fully_shard(block, reshard_after_forward=self._reshard, **common)
-        fully_shard(model, reshard_after_forward=False, **common)  # its backward comes at once
+        self._shard(model, plan)
         self._fill_meta(model)
         self._model = model
         self._sharded = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -134,6 +130,20 @@ class FSDP2Booster:
         self._ranges = {name: self._range_of(name, shapes[name], cuts.get(name)) for name in self._masters}
         self._optimizer = make_optimizer(list(self._masters.values()))
         self._state = OptimizerState(self._optimizer, self._masters, self._own)
+        return model
+
+    def _shard(self, model: nn.Module, plan: ParallelPlan) -> None:
+        # the model's output is a view, and nothing here writes into it
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+        common = {"mesh": self._grid.sharding, "mp_policy": self._precision, "offload_policy": self._offload}
+        for _, block in modules_at(model, plan.blocks):
+            fully_shard(block, reshard_after_forward=self._reshard, **common)
+        fully_shard(model, reshard_after_forward=False, **common)  # its backward comes at once
+
+    def shard_frozen(self, model: nn.Module) -> nn.Module:
+        """Shard and move a model that is only asked, in the dtype it has; all ranks ask it equally often."""
+        self._shard(model, plan_of(model, where=WHERE))
+        self._fill_meta(model)
         return model
 
     @property

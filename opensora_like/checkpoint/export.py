@@ -47,7 +47,7 @@ class CheckpointWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, reader: PieceReader, kind: str) -> None:
-        self._reader, self._kind, self._names = reader, kind, reader.names(kind)
+        self._reader, self._kind, self._names = reader, kind, reader.denoiser_names(kind)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._reader.read_whole(self._kind, name)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,31 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} has format {facts['format_version']}, this program reads {FORMAT_VERSION}; update it"
         )
     return facts
+
+
+def frozen_facts(trainable_modules: Sequence[str] | None, base: str | None) -> dict[str, Any]:
+    """What the state file says of weights that a run neither trains nor saves; {} where it saves all.
+
+    Args:
+        base: where they were read from; None where the seed made them.
+    """
+    return {} if trainable_modules is None else {"frozen": {"except": list(trainable_modules), "from": base}}
+
+
+def frozen_source(folder: Path) -> str | None:
+    """Where the weights stand that a checkpoint leaves out; None where it holds all, or is none of this program's.
+
+    Raises:
+        ValueError: nowhere: the run began from random weights.
+    """
+    if not (folder / layout.STATE_FILE).is_file() or (facts := read_state(folder).get("frozen")) is None:
+        return None
+    if facts["from"] is None:
+        raise ValueError(
+            f"{str(folder)!r} holds what trainable_modules={facts['except']!r} names, and the rest began as random "
+            "weights; make whole weights of it with tools/zero_to_bf16.py"
+        )
+    return facts["from"]
 
 
 Take = Callable[[int, memoryview], None]

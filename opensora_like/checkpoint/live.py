@@ -25,9 +25,13 @@ DOORS = ("step", "refresh", "master_shards", "optimizer_shards")
 
 
 def guard(booster: Booster, before: Callable[[], None]) -> None:
-    """Let `before` be called whenever somebody passes one of the booster's `DOORS`, from now on."""
-    for door in DOORS:
-        setattr(booster, door, _behind(before, getattr(booster, door)))
+    """Let `before` be called whenever somebody passes one of the booster's `DOORS`, from now on.
+
+    Those of the boosters that a pair has are doors to the same tensors.
+    """
+    for owner in (booster, *getattr(booster, "parts", {}).values()):
+        for door in DOORS:
+            setattr(owner, door, _behind(before, getattr(owner, door)))
 
 
 def _behind(before: Callable[[], None], door: Callable[[], Any]) -> Callable[[], Any]:

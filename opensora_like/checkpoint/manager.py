@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from opensora_like.boosters.base import Booster
+from opensora_like.boosters.base import BESIDE, Booster
 from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.facts import CONFIG_FILE, file_checks, read_state
 from opensora_like.checkpoint.files import find_nvme_writer
@@ -230,7 +230,8 @@ class CheckpointManager:
         with self._reading(folder) as reading:
             read_state(folder)
             reader, ranges = PieceReader(folder), self.booster.ranges()
-            saved = {name: reader.shape("master", name) for name in reader.names("master")}
+            names = reader.names("master") if self._has_critic else reader.denoiser_names("master")
+            saved = {name: reader.shape("master", name) for name in names}
             report, fitting = compare_shapes(saved, {name: place.shape for name, place in ranges.items()})
             if not fitting or (strict and not report.fits):
                 raise ValueError(
@@ -238,11 +239,14 @@ class CheckpointManager:
                 )
             masters = dict(self.booster.master_shards())
             reading.add("master", {name: masters[name] for name in masters if name in fitting}, reader, ranges)
-        for name, shard in masters.items():
-            if self.ema is not None:
-                self.ema[name].copy_(shard)
+        for name, shard in (self.ema or {}).items():  # of a distillation it is that of the generator alone
+            shard.copy_(masters[name])
         self.booster.refresh()
         return report
+
+    @property
+    def _has_critic(self) -> bool:
+        return any(name.startswith(BESIDE) for name in self.booster.ranges())
 
     def _check_names(self, reader: PieceReader, folder: Path) -> None:
         ranges = self.booster.ranges()

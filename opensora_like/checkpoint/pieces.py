@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from opensora_like.boosters.base import ShardRange, ShardStrips, Strip
+from opensora_like.boosters.base import BESIDE, ShardRange, ShardStrips, Strip
 from opensora_like.checkpoint.files import TensorFile, WrittenFile, write_safetensors, write_text
 from opensora_like.checkpoint.memory import LiveBytes
 from opensora_like.checkpoint.overlap import Copies, copy_runs, overlap, runs_of
@@ -112,6 +112,10 @@ class PieceReader:
 
     def names(self, kind: str) -> list[str]:
         return [name for k, name in self._pieces if k == kind]
+
+    def denoiser_names(self, kind: str) -> list[str]:
+        """`names` without those of a critic, which a distillation trains beside the denoiser."""
+        return [name for name in self.names(kind) if not name.startswith(BESIDE)]
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor; KeyError if there is none."""

@@ -38,7 +38,7 @@ class _Pieces:
         self._kind = "ema" if use_ema and "ema" in self._reader.kinds() else "master"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self._reader.shape(self._kind, name) for name in self._reader.names(self._kind)}
+        return {name: self._reader.shape(self._kind, name) for name in self._reader.denoiser_names(self._kind)}
 
     def read(self, name: str, place: ShardRange | ShardStrips) -> Tensor:
         part = self._reader.read_place(self._kind, name, place)

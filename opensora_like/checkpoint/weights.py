@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_like.checkpoint import layout
+from opensora_like.checkpoint.facts import frozen_source
 from opensora_like.checkpoint.pieces import PieceReader
 from opensora_like.models.base import Denoiser
 
@@ -72,10 +73,41 @@ def read_weights(path: str | Path, *, use_ema: bool = True, where: str = "ckpt_p
     if (path / layout.STATE_FILE).is_file():
         reader = PieceReader(path)
         kind = "ema" if use_ema and "ema" in reader.kinds() else "master"
-        return {name: reader.read_whole(kind, name) for name in reader.names(kind)}
+        return {name: reader.read_whole(kind, name) for name in reader.denoiser_names(kind)}
     if path.is_dir():
         return _read_folder(path, where)
     return _read_file(path, where)
+
+
+def read_adapted(
+    model: Denoiser, path: str | Path, *, use_ema: bool = True, where: str = "ckpt_path"
+) -> tuple[dict[str, Tensor], list[str]]:
+    """`read_weights` in the layout of `model`; what a partial checkpoint leaves out comes from where its run had it.
+
+    Returns: the weights, and a line for every change that was made to fit them.
+
+    Raises: as `read_weights` and `facts.frozen_source`.
+    """
+    path = newest_of(Path(path), where)
+    given, base = read_weights(path, use_ema=use_ema, where=where), frozen_source(path)
+    if base is None:
+        return model.adapt_weights(given)
+    whole, changes = read_adapted(model, base, use_ema=use_ema, where=f"what {str(path)!r} left frozen")
+    return {**whole, **given}, [*changes, f"{len(whole) - len(given)} frozen tensors from {base}"]
+
+
+def read_also(model: Denoiser) -> tuple[dict[str, Tensor], list[str]]:
+    """What `model` names beside its `from_pretrained` (`also_pretrained`: setting -> path), in its layout.
+
+    Returns and Raises: as `read_adapted`; {} for a model that names nothing.
+    """
+    weights: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for where, path in getattr(model, "also_pretrained", {}).items():
+        found, changes = read_adapted(model, path, where=where)
+        weights |= found
+        notes += [*changes, f"{len(found)} tensors from {where}={path!r}"]
+    return weights, notes
 
 
 def newest_of(path: Path, where: str) -> Path:
@@ -112,13 +144,15 @@ def _read_file(path: Path, where: str) -> dict[str, Tensor]:
             return load_file(path)
         except Exception as problem:  # safetensors has its own error type
             raise ValueError(f"{where}={str(path)!r} is not a readable safetensors file: {problem}") from problem
-    if path.suffix in (".pt", ".pth", ".bin"):
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as problem:  # torch and its unpickler raise many types
             raise ValueError(f"{where}={str(path)!r} is not a readable torch file: {problem}") from problem
-        return loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
-    raise ValueError(f"{where}={str(path)!r}: weights are read from .safetensors, .pt, .pth, .bin or a folder")
+        if not isinstance(loaded, Mapping):
+            return loaded
+        return next((loaded[key] for key in ("state_dict", "module") if isinstance(loaded.get(key), Mapping)), loaded)
+    raise ValueError(f"{where}={str(path)!r}: weights are read from .safetensors, .pt, .pth, .bin, .ckpt or a folder")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str, strict: bool = True) -> LoadReport:
@@ -150,6 +184,8 @@ def load_pretrained(model: Denoiser, source: str, *, where: str, strict: bool, u
 
     Raises: as `read_weights` and `load_weights`.
     """
-    weights, changes = model.adapt_weights(read_weights(source, use_ema=use_ema, where=where))
-    report = load_weights(model, weights, where=f"{where}={source!r}", strict=strict)
+    weights, changes = read_adapted(model, source, use_ema=use_ema, where=where)
+    added, more = read_also(model)
+    report = load_weights(model, {**weights, **added}, where=f"{where}={source!r}", strict=strict)
+    changes = [*changes, *more]
     return report._replace(adapted=tuple(changes))

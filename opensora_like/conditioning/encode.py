@@ -12,11 +12,13 @@ from torch import Tensor
 
 from opensora_like import rng
 from opensora_like.conditioning import wan_i2v
+from opensora_like.conditioning.captioned import check_captioned, check_tasks, encode_captions
 from opensora_like.conditioning.masks import check_condition_config, draw_tasks, visual_condition
 from opensora_like.conditioning.sharing import Sharing
+from opensora_like.conditioning.sound import check_sound, encode_sound, without_sound
 from opensora_like.datasets.batch import Batch
 from opensora_like.models.autoencoders.posterior import draw_latents
-from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
+from opensora_like.models.base import ENCODER_METHODS, Autoencoder, Denoiser, TextEncoder, encoders_of
 from opensora_like.registry import nearest
 
 
@@ -47,6 +49,7 @@ class Encode:
         guidance: constant for models with a guidance embedding.
         sample_posterior: draw latents from the autoencoder's posterior instead of taking its mean.
         sharing: the ranks with which the samples of each batch are dealt; None encodes them all.
+        shapes_only: latents are wanted for their shape; they are zeros where nothing else asks for them.
 
     Raises:
         ValueError: the model needs a condition that nothing makes, or a setting names a condition it does not take.
@@ -65,8 +68,9 @@ class Encode:
         guidance: float,
         sample_posterior: bool,
         sharing: Sharing | None = None,
+        shapes_only: bool = False,
     ) -> None:
-        self._sharing = sharing
+        self._sharing, self._shapes_only = sharing, shapes_only
         self.autoencoder, self.encoders = autoencoder, dict(encoders)
         self._seed, self._device, self._guidance = seed, device, guidance
         self._dropout, self._sample_posterior = dict(dropout_ratio), sample_posterior
@@ -74,7 +78,7 @@ class Encode:
         self._needs_visual = "visual" in model.condition_names
         self._tasks = dict(condition_config) if condition_config else {"t2v": 1.0}
         self._grey = self._needs_visual and wan_i2v.takes_grey_clips(model)
-        self._image_encoders = [name for name, encoder in self.encoders.items() if hasattr(encoder, "encode_images")]
+        self._names = {kind: encoders_of(kind, self.encoders) for kind in ENCODER_METHODS}
         check_conditions(
             model, autoencoder, self.encoders, dropout_ratio=dropout_ratio, condition_config=condition_config
         )
@@ -83,7 +87,10 @@ class Encode:
     def __call__(self, batch: Batch) -> Inputs:
         video = self._pixels(batch)
         x0 = self._latents(batch, video)
-        conditions = {name: self._text(name, batch) for name in self.encoders if name not in self._image_encoders}
+        conditions = {name: self._text(name, batch) for name in self._names["text"]}
+        for name in self._names["audio"]:  # by all ranks that share samples: they have all of it, and it is little work
+            heard = encode_sound(self.encoders[name], batch.audio)
+            conditions[name] = without_sound(heard, self._dropped(name, batch))
         if self._needs_guidance:
             conditions["guidance"] = torch.full((len(batch),), self._guidance, device=self._device)
         given_BT = None
@@ -121,6 +128,9 @@ class Encode:
 
     def _latents(self, batch: Batch, video: Tensor | None) -> Tensor:
         """Clean latents in float32, of all samples. Args: video: as `_pixels` gives it."""
+        if self._shapes_only and batch.latents_BCTHW is None and (self._grey or not self._needs_visual):
+            size = (batch.shape.num_frames, batch.shape.height, batch.shape.width)
+            return torch.zeros(len(batch), *self.autoencoder.latent_shape(*size), device=self._device)
         generator = None
         if self._sample_posterior:
             generator = rng.generator(self._seed, "posterior", batch.epoch, batch.rows[0], device=self._device)
@@ -152,8 +162,12 @@ class Encode:
             references = {name: z.to(self._device, non_blocking=True) for name, z in batch.references.items()}
             visual, given_BT = visual_condition(self.autoencoder, video, x0[own], tasks, references=references)
         found = {"visual": visual}
-        for name in self._image_encoders:
+        for name in self._names["image"]:
             found[name] = self.encoders[name].encode_images(wan_i2v.first_given(video, tasks))
+        for name in self._names["captioned image"]:
+            dropped = self._dropped(name, batch)
+            texts = ["" if dropped[i] else batch.text[i] for i in own]
+            found[name] = encode_captions(self.encoders[name], texts, video, tasks)
         return {name: self._joined(part, batch) for name, part in found.items()}, self._joined(given_BT, batch)
 
     def _text(self, name: str, batch: Batch) -> Tensor:
@@ -165,13 +179,16 @@ class Encode:
         else:
             own = self.encoders[name].encode([batch.text[i] for i in self._sharing.own(len(batch), batch.index)])
             embeddings = self._sharing.joined(own, len(batch), batch.index)
-        ratio = self._dropout.get(name, 0.0)
-        if not ratio:
+        if not self._dropout.get(name, 0.0):
             return embeddings
-        drawn = rng.uniform(self._seed, f"drop_{name}", batch.epoch, np.asarray(batch.rows))
-        dropped = torch.from_numpy(drawn < ratio).to(embeddings.device)
+        dropped = torch.from_numpy(self._dropped(name, batch)).to(embeddings.device)
         null = self.encoders[name].encode([""])
         return torch.where(dropped.view(-1, *[1] * (embeddings.ndim - 1)), null, embeddings)
+
+    def _dropped(self, name: str, batch: Batch) -> np.ndarray:
+        """Which samples lose their caption, or their sound. Returns: bool [B]."""
+        drawn = rng.uniform(self._seed, f"drop_{name}", batch.epoch, np.asarray(batch.rows))
+        return drawn < self._dropout.get(name, 0.0)
 
 
 def check_conditions(
@@ -198,11 +215,14 @@ def check_conditions(
     for name, ratio in dropout_ratio.items():
         if name not in encoders:
             raise ValueError(f"dropout_ratio.{name}: there is no such encoder; {nearest(name, encoders)}")
-        if hasattr(encoders[name], "encode_images"):
+        if name in encoders_of("image", encoders):
             raise ValueError(f"dropout_ratio.{name}: it encodes given frames, which are not dropped; remove it")
         if not 0 <= ratio <= 1:
             raise ValueError(f"dropout_ratio.{name}={ratio} is not a probability; use 0 to 1")
+    check_captioned(encoders, wanted)
+    check_sound(encoders, wanted)
     tasks = condition_config or {"t2v": 1.0}
+    check_tasks(model, tasks, where="condition_config")
     check_condition_config(tasks, is_causal=autoencoder.is_causal, temporal_stride=autoencoder.temporal_stride)
     if set(tasks) != {"t2v"} and "visual" not in wanted:
         raise ValueError(

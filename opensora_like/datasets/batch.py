@@ -24,6 +24,7 @@ class Sample:
         embeddings: cached text embeddings by condition name, each without a batch dimension.
         references: cached latents of frames that were encoded alone, by end and number ("head1"); see
             `conditioning.masks.visual_condition`.
+        audio: float32 [samples] in [-1, 1], one channel: the sound of just these frames; see `audio_io`.
     """
 
     row: int
@@ -34,6 +35,7 @@ class Sample:
     latents_std_CTHW: Tensor | None = None
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     references: dict[str, Tensor] = field(default_factory=dict)
+    audio: Tensor | None = None
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Batch:
         rows: the table rows really used (a bad row has been replaced), one per sample.
         bad: (row, path, reason) of the rows that could not be read.
         places: the samples whose pixels `video_BCTHW` has, rising, where ranks deal them; None where it has all.
+        audio: of each sample, of any length: rates differ, and so does how long as many frames last. Ranks that deal
+            pixels have all of it.
     """
 
     epoch: int
@@ -60,6 +64,7 @@ class Batch:
     references: dict[str, Tensor] = field(default_factory=dict)
     bad: list[tuple[int, str, str]] = field(default_factory=list)
     places: list[int] | None = None
+    audio: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,7 +72,8 @@ class Batch:
     def tensors(self) -> list[Tensor]:
         """All of them."""
         alone = (self.video_BCTHW, self.latents_BCTHW, self.latents_std_BCTHW)
-        return [t for t in (*alone, *self.embeddings.values(), *self.references.values()) if t is not None]
+        named = (*self.embeddings.values(), *self.references.values(), *(self.audio or ()))
+        return [t for t in (*alone, *named) if t is not None]
 
     def to(self, device: torch.device) -> Batch:
         """On another device; from page-locked memory the copy is only queued."""
@@ -77,4 +83,6 @@ class Batch:
                 moved[name] = value.to(device, non_blocking=True)
             elif name in ("embeddings", "references"):
                 moved[name] = {n: t.to(device, non_blocking=True) for n, t in value.items()}
+            elif name == "audio" and value is not None:
+                moved[name] = [t.to(device, non_blocking=True) for t in value]
         return replace(self, **moved)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.batch import Batch
-from opensora_like.datasets.loader import fill_places, read_ahead, without_tensors
+from opensora_like.datasets.loader import fill_places, read_ahead, sounds_of, without_tensors
 from opensora_like.datasets.plan import MicroBatch
 from opensora_like.datasets.video_io import BadSample
 
@@ -64,12 +64,17 @@ def make_dealt_loader(
 
 @dataclass(frozen=True)
 class _Told:
-    """What the other ranks hear of a sample. Args: reason: why it could not be read; None if it was."""
+    """What the other ranks hear of a sample: all but its pixels, its sound as well, of which there is little.
+
+    Args:
+        reason: why it could not be read; None if it was.
+    """
 
     row: int
     text: str
     path: str
     reason: str | None = None
+    audio: Tensor | None = None
 
 
 class _Reads(Dataset):
@@ -102,7 +107,7 @@ def _read(dataset: ClipDataset, micro_batch: MicroBatch, row: int) -> tuple[_Tol
             f"{sample.path!r} has pixels {found}, embeddings of {sorted(sample.embeddings)} and references "
             f"{sorted(sample.references)}; ranks that deal the samples of a bucket exchange pixels of {wanted} only"
         )
-    return _Told(sample.row, sample.text, sample.path), video
+    return _Told(sample.row, sample.text, sample.path, audio=sample.audio), video
 
 
 def _agreed(read: dict[str, Any], *, dataset: ClipDataset, dealing: Dealing) -> Batch:
@@ -133,4 +138,5 @@ def _agreed(read: dict[str, Any], *, dataset: ClipDataset, dealing: Dealing) -> 
         without_tensors(samples, micro_batch=micro_batch, bad=bad),
         video_BCTHW=read["video"] if as_read else torch.stack([videos[place] for place in places]),
         places=places,
+        audio=sounds_of(samples),
     )

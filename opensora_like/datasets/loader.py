@@ -160,7 +160,27 @@ def collate(samples: list[Sample], *, micro_batch: MicroBatch, bad: list[tuple[i
         latents_std_BCTHW=_stack("latents_std", samples, [s.latents_std_CTHW for s in samples]),
         embeddings=_stack_named("embeddings", samples, [s.embeddings for s in samples]),
         references=_stack_named("references", samples, [s.references for s in samples]),
+        audio=sounds_of(samples),
     )
+
+
+class Sounding(Protocol):
+    """What may have a sound."""
+
+    path: str
+    audio: torch.Tensor | None
+
+
+def sounds_of(samples: Sequence[Sounding]) -> list[torch.Tensor] | None:
+    """The sound of each sample, None where none has one.
+
+    Raises:
+        ValueError: some have one and some have none.
+    """
+    mute = [sample.path for sample in samples if sample.audio is None]
+    if mute and len(mute) < len(samples):
+        raise ValueError(f"{mute[0]!r} has no sound, and others in the same batch have; a dataset gives it to all")
+    return None if mute else [sample.audio for sample in samples]
 
 
 class Named(Protocol):

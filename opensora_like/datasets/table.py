@@ -231,6 +231,8 @@ def _check_columns(table: pa.Table, path: str) -> None:
     measured = [n for n in missing if n not in STRINGS]
     if missing:
         remedy = [f"run tools/meta.py on it to add {measured}"] if measured else []
+        if "path" in missing and "file_path" in names:
+            remedy, missing = ["run tools/meta.py on it, which names file_path path and measures the rest"], ["path"]
         remedy += [f"add {written} to the table" for written in [[n for n in missing if n in STRINGS]] if written]
         raise ValueError(f"table {path!r} has no column {missing}, only {names}; {' and '.join(remedy)}")
     if table.num_rows == 0:

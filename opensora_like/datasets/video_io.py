@@ -152,8 +152,13 @@ def _check_file(path: str | Path) -> None:
 
 
 @contextmanager
-def _open_video(path: str | Path, timeout_seconds: float) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream), closed afterwards; what libav raises in between becomes BadSample."""
+def open_container(path: str | Path, *, kind: str = "a video", timeout_seconds: float = 30.0) -> Iterator[Any]:
+    """A file of pictures or sound as PyAV's container, closed afterwards; what libav raises in between is BadSample.
+
+    Args:
+        kind: what the file should be, for errors.
+        timeout_seconds: as `probe`.
+    """
     import av
 
     _check_file(path)
@@ -164,10 +169,17 @@ def _open_video(path: str | Path, timeout_seconds: float) -> Iterator[tuple[Any,
             timeout=timeout_seconds,
             options={"protocol_whitelist": "file"},  # a playlist in disguise may not reach the network
         ) as container:
-            yield container, _video_stream(path, container)
+            yield container
     except (av.error.FFmpegError, OSError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem)
-        raise BadSample(path, f"not a video, cut off or damaged: {reason}") from problem
+        raise BadSample(path, f"not {kind}, cut off or damaged: {reason}") from problem
+
+
+@contextmanager
+def _open_video(path: str | Path, timeout_seconds: float) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream); see `open_container`."""
+    with open_container(path, timeout_seconds=timeout_seconds) as container:
+        yield container, _video_stream(path, container)
 
 
 def _video_stream(path: str | Path, container: Any) -> Any:

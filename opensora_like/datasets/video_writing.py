@@ -5,15 +5,26 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
-def write_video(path: str | Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 17) -> None:
+class Sound(NamedTuple):
+    """One channel: float32 [samples] in [-1, 1], and samples per second."""
+
+    samples: np.ndarray
+    rate: int
+
+
+def write_video(
+    path: str | Path, frames_THWC: np.ndarray, fps: float, *, crf: int = 17, sound: Sound | None = None
+) -> None:
     """Write uint8 frames [T, H, W, 3] as H.264 in yuv420p, which every player shows.
 
     Args:
         crf: 0 to 51; lower is better and larger.
+        sound: beginning with the first frame, as AAC.
 
     Raises:
         ValueError: no frames, another shape or type, an odd height or width, or an fps that is not above 0.
@@ -32,10 +43,24 @@ def write_video(path: str | Path, frames_THWC: np.ndarray, fps: float, *, crf: i
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        track = container.add_stream("aac", rate=sound.rate, layout="mono") if sound is not None else None
         for pixels in frames_THWC:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+        if track is not None:
+            _write_sound(container, track, sound)
+
+
+def _write_sound(container: Any, track: Any, sound: Sound) -> None:
+    import av
+
+    samples = np.ascontiguousarray(sound.samples, np.float32)[None]
+    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+    # without a time the encoder's run-in is heard as a delay
+    frame.sample_rate, frame.pts, frame.time_base = sound.rate, 0, Fraction(1, sound.rate)
+    container.mux(track.encode(frame))
+    container.mux(track.encode(None))
 
 
 def write_image(path: str | Path, frame_HWC: np.ndarray) -> None:

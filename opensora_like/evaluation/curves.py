@@ -20,11 +20,15 @@ PANELS = {
     "loss": "loss",
     "grad_norm": "gradient norm",
     "lr": "learning rate",
+    "loss_generator": "loss of the generator",
+    "loss_critic": "loss of the critic",
+    "grad_norm_generator": "gradient norm of the generator",
+    "grad_norm_critic": "gradient norm of the critic",
     "samples_per_second": "samples per second",
     "data_wait": "share of the time spent waiting for data",
 }
 MAX_POINTS = 2000  # of a curve; of more, the least and the greatest of each stretch are drawn, so no spike is lost
-LOG_KEYS = ("loss", "grad_norm")
+LOG_KEYS = ("loss", "grad_norm", "grad_norm_generator", "grad_norm_critic")
 LOG_RATIO = 10  # these are drawn on a logarithmic scale if their values span more than this
 # matplotlib wants colours, the page wants to choose them: these stand for css variables until the svg is done
 _INKS = {

@@ -15,7 +15,7 @@ from opensora_like.datasets.video_writing import write_image
 from opensora_like.evaluation.jobs import first_image_path
 from opensora_like.evaluation.placement import in_use
 from opensora_like.evaluation.prompts import Job
-from opensora_like.models.base import TextEncoder
+from opensora_like.models.base import TextEncoder, encoders_of
 from opensora_like.models.flux_image import MULTIPLE, FluxImage
 from opensora_like.publish import staged
 from opensora_like.registry import MODELS, build
@@ -54,10 +54,11 @@ def make_first_images(
     if cfg.first_image is None or not missing:
         return
     drawer: FluxImage = build(cfg.first_image, MODELS, where="first_image")
-    if drawer.share_encoders and not set(SHARED) <= encoders.keys():
+    of_text = encoders_of("text", encoders)
+    if drawer.share_encoders and not set(SHARED) <= set(of_text):
         raise ValueError(
-            f"first_image.share_encoders=True needs encoders named {list(SHARED)}, there are {sorted(encoders)}; set "
-            "it to False for the pipeline's own"
+            f"first_image.share_encoders=True needs text encoders named {list(SHARED)}, there are {sorted(of_text)}; "
+            "set it to False for the pipeline's own"
         )
     texts = list(dict.fromkeys(job.prompt.spoken for job in missing)) if drawer.share_encoders else []
     embeddings = _embeddings(texts, encoders, device, offload=cfg.offload)  # before FLUX needs the room

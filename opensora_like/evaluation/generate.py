@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,18 +12,22 @@ from torch import Tensor
 
 from opensora_like import rng
 from opensora_like.boosters.sequence_parallel import SequenceGroup
-from opensora_like.checkpoint.adapters import merge_adapters
-from opensora_like.checkpoint.weights import LoadReport, compare_shapes, read_weights
+from opensora_like.checkpoint.adapters import merge_asked
+from opensora_like.checkpoint.weights import LoadReport, compare_shapes, read_adapted, read_also
 from opensora_like.conditioning import wan_i2v
+from opensora_like.conditioning.captioned import check_tasks
 from opensora_like.conditioning.masks import given_frames, inference_condition
-from opensora_like.datasets.aspect import shape_table
 from opensora_like.datasets.resize import resize_crop
 from opensora_like.datasets.video_io import BadSample, is_image, probe, read_frames, read_image
+from opensora_like.evaluation import few_step, speech
+from opensora_like.evaluation.captioned_images import encode_prompts, start_of
+from opensora_like.evaluation.experts import load_expert, taking_turns
 from opensora_like.evaluation.placement import in_use
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of
 from opensora_like.evaluation.shared_video import Inputs, cut_sequence, is_leader, receive, send
-from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder
-from opensora_like.registry import MODELS, SCHEDULERS, build, nearest
+from opensora_like.evaluation.video_size import video_size
+from opensora_like.models.base import Autoencoder, Denoiser, TextEncoder, encoders_of
+from opensora_like.registry import MODELS, SCHEDULERS, build
 from opensora_like.runtime import DTYPES, logger
 from opensora_like.schedulers.grids import diffusers_grid
 from opensora_like.schedulers.samplers import Guidance, Velocity, guided_velocity, sample_euler, sample_unipc
@@ -68,16 +73,18 @@ def load_denoiser(cfg: InferenceConfig) -> Denoiser:
     It is built without memory and takes the tensors that were read, so the host holds the weights once.
 
     Raises:
-        ValueError, FileNotFoundError: weights that do not fit or are not there; see `read_weights`.
+        ValueError, FileNotFoundError: weights that do not fit or are not there; see `read_adapted`.
     """
     model = _build_unfilled(cfg)
     source = cfg.ckpt_path or model.from_pretrained
     if not source:
         raise ValueError("no weights: give --ckpt-path with a checkpoint folder or a safetensors file")
-    weights, changes = model.adapt_weights(read_weights(source, use_ema=cfg.use_ema, where="ckpt_path"))
+    weights, changes = read_adapted(model, source, use_ema=cfg.use_ema, where="ckpt_path")
+    added, more = read_also(model)  # a checkpoint has been trained on top of it
+    weights = {**weights, **added} if cfg.ckpt_path is None else {**added, **weights}
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     report, fitting = compare_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, own)
-    report = report._replace(adapted=tuple(changes))
+    report = report._replace(adapted=(*changes, *more))
     _check_fit(report, cfg, source)
     logger.info("ckpt_path %s: %s", source, report)
     for line in report.lines():
@@ -86,9 +93,7 @@ def load_denoiser(cfg: InferenceConfig) -> Denoiser:
     filled = {name: weights.pop(name).to(dtype) for name in fitting}
     filled |= {name: torch.zeros(own[name], dtype=dtype) for name in report.missing}
     model.load_state_dict(filled, assign=True)
-    if cfg.lora_checkpoint is not None:
-        number = merge_adapters(model, cfg.lora_checkpoint, where="lora_checkpoint", use_ema=cfg.use_ema)
-        logger.info("lora_checkpoint %s: %d tensors merged", cfg.lora_checkpoint, number)
+    merge_asked(model, cfg.lora_checkpoint, use_ema=cfg.use_ema, strength=cfg.lora_scale)
     return model.requires_grad_(False).eval().to(DTYPES[cfg.dtype])
 
 
@@ -118,40 +123,6 @@ def _check_fit(report: LoadReport, cfg: InferenceConfig, source: str) -> None:
             f"cond_type={cfg.cond_type!r} gives some; use --cond-type t2v --first-image none, or weights of a training "
             "with model.cond_embed=True"
         )
-
-
-def video_size(cfg: InferenceConfig, *, multiple: int) -> tuple[int, int]:
-    """Height and width in pixels, from both or from resolution and aspect ratio.
-
-    Open-Sora v2 samples some ratios at sizes that it is not trained at (4:3 at 768px: 656 x 880, not 672 x 880).
-
-    Args:
-        multiple: what both have to divide by: the autoencoder's stride times the patch size.
-
-    Raises:
-        ValueError: neither or both ways are given, or a size that does not divide.
-    """
-    if (cfg.resolution is None) == (cfg.height is None or cfg.width is None):
-        raise ValueError(
-            f"resolution={cfg.resolution!r}, height={cfg.height!r}, width={cfg.width!r}: give either resolution "
-            "(and aspect_ratio) or both height and width"
-        )
-    if cfg.resolution is None:
-        height, width = cfg.height, cfg.width
-    else:
-        # where training has a shape for the ratio it is that one: the model has seen it
-        table = shape_table(cfg.resolution, multiple=multiple, training=False)
-        table |= shape_table(cfg.resolution, multiple=multiple)
-        if cfg.aspect_ratio not in table:
-            raise ValueError(f"aspect_ratio={cfg.aspect_ratio!r}; {nearest(cfg.aspect_ratio, table)}")
-        height, width = table[cfg.aspect_ratio]
-    for name, value in (("height", height), ("width", width)):
-        if value % multiple:
-            near = [value // multiple * multiple, (value // multiple + 1) * multiple]
-            raise ValueError(
-                f"{name}={value} must be a multiple of {multiple} (autoencoder x patch); use one of {near}"
-            )
-    return height, width
 
 
 class Loaded(NamedTuple):
@@ -190,12 +161,14 @@ class VideoGenerator:
         self.model, self._forward = denoiser
         if sequence is not None:
             cut_sequence(self.model, sequence)
+        self._other = load_expert(cfg, device, load_denoiser, sequence=sequence)
         self.scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=self.model.patch_size)
+        few_step.check_few_step(cfg)
         self.guidance = self._guidance()
         if is_leader(sequence):
             self.autoencoder, self.encoders = frozen or build_frozen(cfg, device)
             self.size = video_size(cfg, multiple=self.autoencoder.spatial_stride * self.model.patch_size)
-            self.latent_shape = self.autoencoder.latent_shape(cfg.num_frames, *self.size)
+            self._set_length(cfg.num_frames)
 
     def _guidance(self) -> Guidance:
         """The scales that apply to the task.
@@ -206,6 +179,7 @@ class VideoGenerator:
         cfg = self.cfg
         if any(given_frames(cfg.cond_type, is_causal=True)) and "visual" not in self.model.condition_names:
             raise ValueError(f"cond_type={cfg.cond_type!r} needs a model with cond_embed=True; use cond_type='t2v'")
+        check_tasks(self.model, [cfg.cond_type], where=f"cond_type={cfg.cond_type!r}")
         guidance = Guidance(
             text=cfg.guidance,
             image=cfg.guidance_img,
@@ -213,7 +187,11 @@ class VideoGenerator:
             image_osci=cfg.image_osci,
             scale_temporal_osci=cfg.scale_temporal_osci,
         )
-        return guidance.for_task(cfg.cond_type)
+        return speech.guided_by_sound(cfg, guidance.for_task(cfg.cond_type), self.model)
+
+    def _set_length(self, num_frames: int) -> None:
+        self.num_frames = num_frames
+        self.latent_shape = self.autoencoder.latent_shape(num_frames, *self.size)
 
     def sample(self, prompts: Sequence[Prompt]) -> Iterator[Sampled]:
         """Sample every prompt `num_sample` times, `batch_size` at once."""
@@ -225,8 +203,9 @@ class VideoGenerator:
         Noise depends on (seed, repeat, text of the prompt) alone, not on the batch, the process, the device or the
         other prompts.
         """
-        for first in range(0, len(jobs), self.cfg.batch_size):
-            yield from self._sample_batch(jobs[first : first + self.cfg.batch_size])
+        for num_frames, batch in speech.batches(self.cfg, jobs):
+            self._set_length(num_frames)
+            yield from self._sample_batch(batch)
 
     def finish(self) -> None:
         """Let the ranks that follow go."""
@@ -257,8 +236,8 @@ class VideoGenerator:
     def _inputs(self, jobs: Sequence[Job], captions: Sequence[str]) -> tuple[Inputs, Tensor]:
         """All that the denoiser is given, and which latent frames [B, T] are given."""
         conditions, null_text, null_image = {}, {}, {}
-        text_encoders = {n: e for n, e in self.encoders.items() if not hasattr(e, "encode_images")}
-        for name, encoder in text_encoders.items():
+        for name in encoders_of("text", self.encoders):
+            encoder = self.encoders[name]
             with in_use(encoder, self.device, offload=self.cfg.offload):
                 conditions[name] = encoder.encode(captions)
                 null_text[name] = encoder.encode([job.prompt.negative for job in jobs])
@@ -271,24 +250,39 @@ class VideoGenerator:
         elif "visual" in self.model.condition_names:
             conditions["visual"], given_BT = self._visual(jobs)
             null_image["visual"] = torch.zeros_like(conditions["visual"])
-        noise = torch.stack([self._noise(job) for job in jobs]).to(self.device)
-        given = {"noise": {"x": noise}, "conditions": conditions, "null_text": null_text, "null_image": null_image}
+        where = {"cfg": self.cfg, "guidance": self.guidance, "size": self.size, "device": self.device}
+        shown = encode_prompts(self.encoders, jobs, captions, self._read_references, **where)
+        conditions |= shown.conditions
+        start = start_of(self.model, self._noises(jobs, "sample"), conditions)
+        noise = {"x": start, **few_step.step_noises(self.cfg, partial(self._noises, jobs))}
+        given = {"noise": noise, "conditions": conditions}
+        heard = speech.encode_jobs(self.encoders, jobs, self.num_frames, self.cfg, self.device)
+        conditions |= heard
+        null_image = speech.without(heard) or null_image | shown.null_image
+        given |= {"null_text": null_text | shown.null_text, "null_image": null_image}
         return given, given_BT
 
     @torch.no_grad()
     def _denoise(self, inputs: Inputs) -> Tensor:
         """Latents from noise; every rank of a group calls it with the same inputs. Returns: float32 [B, C, T, H, W]."""
         noise = inputs["noise"]["x"]
-        velocity = guided_velocity(
-            self._velocity,
-            inputs["conditions"],
-            null_text=inputs.get("null_text", {}),
-            null_image=inputs.get("null_image", {}),
-            guidance=self.guidance,
-            num_steps=self.cfg.num_steps,
-        )
-        velocity, times = self._on_grid(velocity, tuple(noise.shape[2:]))
-        with in_use(self.model, self.device, offload=self.cfg.offload):
+
+        def velocity_of(forward: Callable[..., Tensor], guidance: Guidance) -> Velocity:
+            return guided_velocity(
+                partial(self._velocity, forward),
+                inputs["conditions"],
+                null_text=inputs.get("null_text", {}),
+                null_image=inputs.get("null_image", {}),
+                guidance=guidance,
+                num_steps=self.cfg.num_steps,
+            )
+
+        with taking_turns(self.model, self._other, self.device, offload=self.cfg.offload) as switch:
+            own = velocity_of(self._forward, self.guidance)
+            velocity = switch(own, lambda other: velocity_of(other.model, other.guidance(self.guidance)))
+            velocity, times = self._on_grid(velocity, tuple(noise.shape[2:]))
+            if self.cfg.sampler == few_step.SAMPLER:
+                return few_step.denoise(velocity, inputs["noise"], self.cfg, self.scheduler)
             return SAMPLERS[self.cfg.sampler](velocity, noise, times.to(self.device))
 
     def _on_grid(self, velocity: Velocity, latent_shape: tuple[int, int, int]) -> tuple[Velocity, Tensor]:
@@ -312,7 +306,7 @@ class VideoGenerator:
 
     def _grey_conditions(self, refs: Sequence[Sequence[str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What published Wan i2v weights are shown of the references, and the same without any."""
-        task, shape = self.cfg.cond_type, (self.cfg.num_frames, *self.size)
+        task, shape = self.cfg.cond_type, (self.num_frames, *self.size)
         clips = torch.stack([wan_i2v.sampling_clip(task, self._read_references(paths), shape) for paths in refs])
         clips = clips.to(self.device)
         shown: list[dict[str, Tensor]] = []
@@ -320,11 +314,10 @@ class VideoGenerator:
             with in_use(self.autoencoder, self.device, offload=self.cfg.offload):
                 visual, _ = wan_i2v.training_condition(self.autoencoder, pixels, [name] * len(refs))
             shown.append({"visual": visual})
-            for condition, encoder in self.encoders.items():
-                if hasattr(encoder, "encode_images"):
-                    with in_use(encoder, self.device, offload=self.cfg.offload):
-                        images = wan_i2v.first_given(pixels, [name] * len(refs))
-                        shown[-1][condition] = encoder.encode_images(images).float()
+            for condition in encoders_of("image", self.encoders):
+                with in_use(self.encoders[condition], self.device, offload=self.cfg.offload):
+                    images = wan_i2v.first_given(pixels, [name] * len(refs))
+                    shown[-1][condition] = self.encoders[condition].encode_images(images).float()
         return shown[0], shown[1]
 
     def _encode_references(self, refs: Sequence[str]) -> list[Tensor]:
@@ -361,12 +354,17 @@ class VideoGenerator:
             frames = read_frames(path, range(first, first + num_frames))
         return resize_crop(frames, *self.size, image=is_image(path))
 
-    def _velocity(self, x: Tensor, t_B: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+    def _velocity(
+        self, forward: Callable[..., Tensor], x: Tensor, t_B: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
         cast = {k: v.to(self.dtype) for k, v in conditions.items()}
-        return self._forward(x.to(self.dtype), t_B, cast).float()
+        return forward(x.to(self.dtype), t_B, cast).float()
 
-    def _noise(self, job: Job) -> Tensor:
+    def _noises(self, jobs: Sequence[Job], purpose: str) -> Tensor:
+        return torch.stack([self._noise(job, purpose) for job in jobs]).to(self.device)
+
+    def _noise(self, job: Job, purpose: str = "sample") -> Tensor:
         # on the CPU: generators of other devices draw other numbers
         prompt = job.prompt
-        generator = rng.generator(self.cfg.seed + job.repeat, f"sample {prompt.text}", prompt.occurrence)
+        generator = rng.generator(self.cfg.seed + job.repeat, f"{purpose} {prompt.text}", prompt.occurrence)
         return torch.randn(self.latent_shape, generator=generator)

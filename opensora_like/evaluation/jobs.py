@@ -13,16 +13,19 @@ from opensora_like import runtime as rt
 from opensora_like.checkpoint.weights import newest_of
 from opensora_like.conditioning.masks import given_frames
 from opensora_like.config import to_dict
+from opensora_like.evaluation.experts import read_expert
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of, read_prompts
 from opensora_like.evaluation.references import find_reference
 from opensora_like.evaluation.refine_prompt import ChatEndpoint, Kind, choose_motion, refine
+from opensora_like.evaluation.speech import with_sound
 from opensora_like.publish import staged
 from opensora_like.runtime import Runtime, logger
 from opensora_like.settings import InferenceConfig
 
 # settings that change no pixel of a file
 OPERATIONAL = {
-    *("prompt", "prompts", "negative_prompt", "ref", "start_index", "end_index", "num_sample"),  # stand in the job
+    *("prompt", "prompts", "negative_prompt", "ref", "audio"),  # stand in the job
+    *("start_index", "end_index", "num_sample"),
     *("batch_size", "offload", "sp_size", "sp_mode", "timeout_minutes", "custom_imports"),
     *("save_dir", "overwrite", "max_reference_mb", "ckpt_path"),  # weights are noted as what ckpt_path means
 }
@@ -93,6 +96,7 @@ def _plan(cfg: InferenceConfig) -> list[Job]:
 
 
 def _check_task(cfg: InferenceConfig) -> None:
+    read_expert(cfg)  # before anything is loaded
     given = given_frames(cfg.cond_type, is_causal=True)
     if cfg.ref is not None and not any(given):
         raise ValueError(f"ref={cfg.ref!r} is not used with cond_type={cfg.cond_type!r}; add --cond-type i2v_head")
@@ -109,6 +113,8 @@ def _settings(cfg: InferenceConfig) -> dict[str, Any]:
     published = found["model"].pop("from_pretrained", None)  # like ckpt_path, it is noted as the file that it means
     source = cfg.ckpt_path or published
     found["weights"] = str(newest_of(Path(source), "ckpt_path").resolve()) if source else None
+    if other := read_expert(cfg):
+        found["other_weights"] = str(newest_of(Path(other.source), "other_expert").resolve())
     return json.loads(json.dumps(found))
 
 
@@ -116,6 +122,7 @@ def _request(settings: dict[str, Any], job: Job) -> dict[str, Any]:
     """All that decides over the pixels of a job, but for what a language model adds."""
     prompt = job.prompt
     own = {"text": prompt.text, "negative": prompt.negative, "refs": list(prompt.refs), "occurrence": prompt.occurrence}
+    own["audio"] = prompt.audio
     return {**settings, **own, "repeat": job.repeat}
 
 
@@ -191,7 +198,7 @@ def _each(function: Callable[[Any], Result], items: Sequence[Any]) -> list[Resul
 
 def _prepared(prompt: Prompt, cfg: InferenceConfig, request: dict[str, Any]) -> Prompt:
     """`prompt` with local references, its refined text and its motion score."""
-    return _refined(_with_references(prompt, cfg), cfg, request)
+    return _refined(with_sound(_with_references(prompt, cfg), cfg), cfg, request)
 
 
 def _with_references(prompt: Prompt, cfg: InferenceConfig) -> Prompt:

@@ -21,6 +21,7 @@ from opensora_like.evaluation.paired_loss import Interval, LossSummary, summariz
 from opensora_like.evaluation.prompts import Prompt, caption_of, jobs_of, read_prompts
 from opensora_like.evaluation.report import write_report
 from opensora_like.evaluation.sampling import write_sampled
+from opensora_like.evaluation.speech import with_sound
 from opensora_like.evaluation.validation_report import (
     Row,
     SampleFile,
@@ -38,7 +39,10 @@ from opensora_like.settings import InferenceConfig, RunConfig
 ROWS_FILE, REPORT_FILE, SAMPLES, SAMPLES_FILE = "validation.jsonl", "report.html", "samples", "samples.json"
 # settings of a sampling run that a run that trains decides
 DECIDED = ("model", "autoencoder", "encoders", "scheduler", "dtype", "custom_imports")
-MEANINGLESS = ("ckpt_path", "use_ema", "lora_checkpoint", "offload", "save_dir", "overwrite", "sp_size", "sp_mode")
+MEANINGLESS = (
+    *("ckpt_path", "use_ema", "lora_checkpoint", "lora_scale"),
+    *("offload", "save_dir", "overwrite", "sp_size", "sp_mode"),
+)
 
 
 class Watched(Protocol):
@@ -228,8 +232,11 @@ def read_sampling(cfg: RunConfig) -> tuple[InferenceConfig, list[Prompt]]:
     arguments = fit_arguments(InferenceConfig, {"type": "sampling", **section}, where="sampling", given=given)
     sampling = InferenceConfig(**{name: arguments.get(name, value) for name, value in {**given, **arguments}.items()})
     if isinstance(texts, str):
-        return sampling, read_prompts(sampling)
-    return sampling, [
-        Prompt(number, text, f"prompt_{number:04d}", sampling.negative_prompt, (), texts[:number].count(text))
-        for number, text in enumerate(texts)
-    ]
+        prompts = read_prompts(sampling)
+    else:
+        given = {"negative": sampling.negative_prompt, "audio": sampling.audio}
+        prompts = [
+            Prompt(number, text, f"prompt_{number:04d}", occurrence=texts[:number].count(text), **given)
+            for number, text in enumerate(texts)
+        ]
+    return sampling, [with_sound(prompt, sampling) for prompt in prompts]

@@ -26,6 +26,7 @@ class Prompt:
         refs: files or addresses of its references.
         refined: what a language model made of `text`; None where it was not asked.
         motion: the motion score of this prompt; None takes the run's.
+        audio: file of what is said.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Prompt:
     occurrence: int = 0
     refined: str | None = None
     motion: float | None = None
+    audio: str | None = None
 
     @property
     def spoken(self) -> str:
@@ -71,9 +73,11 @@ def read_prompts(cfg: InferenceConfig) -> list[Prompt]:
                 f"start_index={cfg.start_index}, end_index={cfg.end_index} count rows of --prompts, and --prompt is "
                 "given; leave them out"
             )
-        return [Prompt(0, cfg.prompt, "prompt_0000", cfg.negative_prompt, _split(cfg.ref))]
+        return [Prompt(0, cfg.prompt, "prompt_0000", cfg.negative_prompt, _split(cfg.ref), audio=cfg.audio)]
     if cfg.ref is not None:
         raise ValueError(f"ref={cfg.ref!r} belongs to --prompt; with --prompts write references in the column 'ref'")
+    if cfg.audio is not None:
+        raise ValueError(f"audio={cfg.audio!r} belongs to --prompt; with --prompts write files in the column 'audio'")
     prompts = _read_csv(Path(cfg.prompts), cfg)
     last = len(prompts) if cfg.end_index is None else cfg.end_index
     if not 0 <= cfg.start_index < last <= len(prompts):
@@ -109,7 +113,8 @@ def _read_csv(path: Path, cfg: InferenceConfig) -> list[Prompt]:
             raise ValueError(f"{where}: row {number} (from 0) has no text; write one or remove it")
         name = row.get("name") or f"{path.stem}_{number:04d}"
         negative = row.get("neg") or cfg.negative_prompt
-        prompts.append(Prompt(number, text, name, negative, _split(row.get("ref")), seen[text]))
+        spoken = row.get("audio") or None
+        prompts.append(Prompt(number, text, name, negative, _split(row.get("ref")), seen[text], audio=spoken))
         seen[text] += 1
     _check_names(prompts, cfg)
     return prompts

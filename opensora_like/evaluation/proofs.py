@@ -33,13 +33,14 @@ class Check(NamedTuple):
         return f"{self.name} {self.found:.3f}, at least {self.least:g}: {verdict}"
 
 
-def write_first_frames(table: Path, folder: Path, *, num: int) -> Path:
+def write_first_frames(table: Path, folder: Path, *, num: int, sounds: bool = False) -> Path:
     """The first frame of each of the first `num` clips as an image, and a csv of prompts that refer to them.
 
     Args:
         table: csv with path and text.
+        sounds: give each prompt the sound of its clip; the table then has audio_path.
 
-    Returns: the csv, with name, text and ref.
+    Returns: the csv, with name, text and ref, and audio.
     """
     from PIL import Image
 
@@ -49,11 +50,11 @@ def write_first_frames(table: Path, folder: Path, *, num: int) -> Path:
     prompts = folder / "prompts.csv"
     with prompts.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["name", "text", "ref"])
+        writer.writerow(["name", "text", "ref", *(["audio"] if sounds else [])])
         for number, row in enumerate(rows):
             image = folder / f"first_{number:03d}.png"
             Image.fromarray(np.asarray(read_frames(row["path"], [0]))[0]).save(image)
-            writer.writerow([f"clip_{number:03d}", row["text"], image])
+            writer.writerow([f"clip_{number:03d}", row["text"], image, *([row["audio_path"]] if sounds else [])])
     return prompts
 
 

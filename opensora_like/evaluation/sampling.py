@@ -13,10 +13,12 @@ from opensora_like.boosters.sequence_parallel import SequenceGroup
 from opensora_like.datasets.resize import to_frames
 from opensora_like.datasets.video_writing import write_image, write_video
 from opensora_like.evaluation.first_image import make_first_images, with_first_image
-from opensora_like.evaluation.generate import Frozen, Sampled, VideoGenerator, build_frozen, video_size
+from opensora_like.evaluation.generate import Frozen, Sampled, VideoGenerator, build_frozen
 from opensora_like.evaluation.jobs import plan, share, video_path
 from opensora_like.evaluation.prompts import Job
 from opensora_like.evaluation.shared_video import is_leader, join_group, sequence_size
+from opensora_like.evaluation.speech import sound_track
+from opensora_like.evaluation.video_size import video_size
 from opensora_like.models.base import Denoiser
 from opensora_like.publish import staged
 from opensora_like.registry import MODELS, build
@@ -95,6 +97,6 @@ def write_sampled(cfg: InferenceConfig, sampled: Sampled) -> Path:
         if len(frames) == 1:
             write_image(draft, frames[0])
         else:
-            write_video(draft, frames, cfg.fps_save)
+            write_video(draft, frames, cfg.fps_save, sound=sound_track(sampled.prompt.audio, len(frames), cfg.fps_save))
     logger.info("wrote %s", path)
     return path

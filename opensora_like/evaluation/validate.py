@@ -25,6 +25,7 @@ from opensora_like.evaluation.generate import Frozen, VideoGenerator
 from opensora_like.evaluation.prompts import Job, Prompt, jobs_of, read_prompts
 from opensora_like.evaluation.report import write_report
 from opensora_like.evaluation.sampling import save_samples
+from opensora_like.evaluation.speech import with_sound
 from opensora_like.evaluation.validation_report import SampleFile, VideoSheet
 from opensora_like.registry import MODELS, build
 from opensora_like.runtime import Runtime, logger
@@ -177,7 +178,8 @@ def build_validation(request: Request, runtime: Runtime) -> Callable[[], None]:
 def _read_jobs(request: Request) -> tuple[CachedPrompts | None, list[Job]]:
     cfg, source = request.config, Path(request.prompts)
     if source.suffix == ".csv":
-        cached, prompts = None, read_prompts(dataclasses.replace(cfg, prompt=None, prompts=request.prompts))
+        cached, asked = None, dataclasses.replace(cfg, prompt=None, prompts=request.prompts)
+        prompts = [with_sound(prompt, asked) for prompt in read_prompts(asked)]
     else:
         cached = read_cached_prompts(source)
         if cfg.fps_in_caption or cfg.motion_score is not None:

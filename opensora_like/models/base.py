@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -115,3 +115,42 @@ class TextEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """[B, L, D] token embeddings, or [B, D] for an encoder that pools; on the encoder's device."""
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """Pictures to embeddings; frozen; an ``nn.Module``."""
+
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """[B, L, D] of images in [-1, 1], of any size."""
+
+
+@runtime_checkable
+class CaptionedImageEncoder(Protocol):
+    """Captions, each read together with a picture, to embeddings; frozen; an ``nn.Module``."""
+
+    def encode_captioned_images(self, texts: Sequence[str], images_BCHW: Tensor) -> Tensor:
+        """[B, L, D]; zero rows are padding."""
+
+
+@runtime_checkable
+class AudioEncoder(Protocol):
+    """Sound to embeddings; frozen; an ``nn.Module``."""
+
+    def encode_audio(self, waveforms: Sequence[Tensor], sample_rate: int) -> Tensor:
+        """[B, K, D] of mono sounds [S] in [-1, 1], of any lengths; zero rows are padding."""
+
+
+EncoderKind = Literal["text", "image", "captioned image", "audio"]
+# what an encoder is an encoder of -> the method that it has for that; each encoder has one of them
+ENCODER_METHODS: dict[EncoderKind, str] = {
+    "text": "encode",
+    "image": "encode_images",
+    "captioned image": "encode_captioned_images",
+    "audio": "encode_audio",
+}
+
+
+def encoders_of(kind: EncoderKind, encoders: Mapping[str, Any]) -> list[str]:
+    """Names of the encoders, or classes of encoders, of one kind."""
+    return [name for name, encoder in encoders.items() if hasattr(encoder, ENCODER_METHODS[kind])]

@@ -16,9 +16,18 @@ from opensora_like.models.base import Autoencoder
 from opensora_like.registry import MODELS, build, fit_arguments, parameters_of, resolve
 
 # arguments that say how an encoder is run, not what comes out; where its weights are is told by their digest
-_WITHOUT_EFFECT = {"from_pretrained", "cache_dir", "cache_size", "cache_device", "tp", "mini_batch_size", "use_slicing"}
+_WITHOUT_EFFECT = {
+    *("from_pretrained", "cache_dir", "cache_size", "cache_device", "tp", "mini_batch_size", "use_slicing"),
+    "version",  # weights are of one
+}
 # of a pipeline's folder, what an encoder reads
-_PARTS = {"wan_vae": ("vae",), "umt5": ("text_encoder", "tokenizer")}
+_PARTS = {
+    "wan_vae": ("vae",),
+    "hunyuan_vae": ("vae",),
+    "umt5": ("text_encoder", "tokenizer"),
+    "llm": ("text_encoder", "tokenizer"),
+    "clip": ("text_encoder_2", "tokenizer_2"),
+}
 _END = 1 << 16  # bytes that are read at both ends of a file
 
 

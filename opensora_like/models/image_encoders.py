@@ -68,9 +68,14 @@ class CLIPImageEncoder(nn.Module):
         Returns: [B, L, D], the class token first; on the encoder's device.
         """
         weight = next(self.model.parameters())
-        images = ((images_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
-        pixels = self._prepare(images=list(images), return_tensors="pt").pixel_values.to(weight)
+        pixels = prepared(images_BCHW, self._prepare).to(weight)
         return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[LAYER]
+
+
+def prepared(images_BCHW: Tensor, prepare: Any) -> Tensor:
+    """What an encoder is shown of images in [-1, 1]: as 8 bits through a processor of transformers. On the CPU."""
+    images = ((images_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return prepare(images=list(images), return_tensors="pt").pixel_values
 
 
 def _load(source: str) -> tuple[nn.Module, Any]:

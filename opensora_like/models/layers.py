@@ -30,12 +30,20 @@ def flash_attention() -> Callable[..., Tensor] | None:
     return flash_attn_func
 
 
-def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, *, backend: AttentionBackend = "auto") -> Tensor:
+def attention(
+    q_BNLD: Tensor,
+    k_BNLD: Tensor,
+    v_BNLD: Tensor,
+    *,
+    backend: AttentionBackend = "auto",
+    mask: Tensor | None = None,
+) -> Tensor:
     """Softmax attention of all tokens to all tokens, scaled by 1/sqrt(D).
 
     Args:
         backend: "auto" takes flash-attn for half precision on CUDA where it can be imported and SDPA elsewhere;
             SDPA is the reference.
+        mask: bool, broadcast to [B, N, L, K]: True where a query sees a key; each has to see one. SDPA applies it.
 
     Returns: [B, N, L, D] in the dtype of `v_BNLD`.
 
@@ -44,7 +52,7 @@ def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, *, backend: Attent
     """
     q_BNLD, k_BNLD = q_BNLD.to(v_BNLD.dtype), k_BNLD.to(v_BNLD.dtype)
     able = v_BNLD.is_cuda and v_BNLD.dtype in HALF and v_BNLD.shape[-1] <= 256
-    flash = flash_attention() if backend != "sdpa" and able else None
+    flash = flash_attention() if backend != "sdpa" and able and mask is None else None
     if flash is not None:
         out_BLND = flash(*(x.transpose(1, 2) for x in (q_BNLD, k_BNLD, v_BNLD)))
         return out_BLND.transpose(1, 2)
@@ -54,7 +62,7 @@ def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, *, backend: Attent
             f"attention backend='flash': got {where}; it needs the package flash-attn, half precision on cuda"
             " and head dim <= 256; use 'auto' or 'sdpa'"
         )
-    return F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD)
+    return F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD, attn_mask=mask)
 
 
 class Attention(nn.Module):

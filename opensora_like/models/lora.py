@@ -5,7 +5,8 @@ Source: LoRA, arXiv:2106.09685.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,15 +80,35 @@ def file_name(name: str) -> str:
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the weights that they adapt and take them out: plain linears under plain names again."""
+def merge_lora(model: nn.Module, *, strength: float = 1.0) -> None:
+    """Add the adapters to the weights that they adapt and take them out: plain linears under plain names again.
+
+    Args:
+        strength: what they are multiplied with.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     for name, module in adapted:
+        module.scaling[ADAPTER] *= strength
         module.merge(safe_merge=True, adapter_names=[ADAPTER])
         holder, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(holder), leaf, module.get_base_layer())
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """`model`, wrapped or not, computes within as it would without its adapters; not for what is differentiated."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for module in adapted:  # peft's own switch also turns requires_grad off, which a booster must not see
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module._disable_adapters = False
 
 
 def dropout_of(lora_config: Mapping[str, Any] | None) -> float:

@@ -28,8 +28,11 @@ from opensora_like.models.text_loading import (
 from opensora_like.models.tiny_encoders import byte_tokenizer, tiny_clip, tiny_sizes, tiny_t5
 from opensora_like.registry import MODELS
 
+# encoders that a pipeline's folder may be given for -> which of its encoders they are
+SUFFIXES = {"umt5": "", "clip": "_2"}
 
-class _FrozenEncoder(nn.Module):
+
+class FrozenEncoder(nn.Module):
     """What the encoders share: weights that stay as they are, a tokenizer, and a cache of what was encoded."""
 
     def __init__(
@@ -74,7 +77,9 @@ def _read(
     """Model and tokenizer of one of the two sources."""
     check_source(kind, from_pretrained, tiny, max_length=max_length, chunk_size=chunk_size)
     if from_pretrained is not None:
-        model, tokenizer = pipeline_parts(from_pretrained) if kind == "umt5" else (from_pretrained, from_pretrained)
+        model, tokenizer = from_pretrained, from_pretrained
+        if kind in SUFFIXES:
+            model, tokenizer = pipeline_parts(from_pretrained, suffix=SUFFIXES[kind])
         loaded = load_model(kind, model, dtype=dtype, cache_dir=cache_dir)
         return loaded, load_tokenizer(tokenizer, cache_dir=cache_dir)
     sizes = tiny_sizes(tiny, kind)
@@ -83,7 +88,7 @@ def _read(
 
 
 @MODELS.register_module("t5")
-class T5TextEncoder(_FrozenEncoder):
+class T5TextEncoder(FrozenEncoder):
     """Token embeddings of a T5 encoder (also mT5, umT5).
 
     Captions are padded to `max_length`, and by default the padding is attended to and returned like any token, as
@@ -172,7 +177,7 @@ class T5TextEncoder(_FrozenEncoder):
 
 
 @MODELS.register_module("umt5")
-class UMT5TextEncoder(_FrozenEncoder):
+class UMT5TextEncoder(FrozenEncoder):
     """Token embeddings of a umT5 encoder as Wan takes them: padding is not attended to, and its embeddings are zero.
 
     Args:
@@ -260,11 +265,13 @@ def clean_caption(text: str) -> str:
 
 
 @MODELS.register_module("clip")
-class CLIPTextEncoder(_FrozenEncoder):
+class CLIPTextEncoder(FrozenEncoder):
     """The pooled embedding of a CLIP text encoder: its last hidden state at the end of the caption.
 
     Args:
-        from_pretrained, tiny, max_length, dtype, cache_dir, cache_size, cache_device, chunk_size: as `T5TextEncoder`.
+        from_pretrained: as `T5TextEncoder`; of a pipeline's folder its ``text_encoder_2`` and ``tokenizer_2``, where
+            HunyuanVideo has them, are taken.
+        tiny, max_length, dtype, cache_dir, cache_size, cache_device, chunk_size: as `T5TextEncoder`.
 
     Raises:
         ValueError, FileNotFoundError, OSError: as `T5TextEncoder`; ValueError also where the model has fewer than

@@ -17,6 +17,8 @@ ARCHITECTURES = {
     "t5": {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"},
     "umt5": {"umt5": "UMT5EncoderModel"},
     "clip": {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"},
+    "llm": {"llama": "LlamaModel"},
+    "llava": {"llava": "LlavaForConditionalGeneration"},
 }
 
 
@@ -64,9 +66,13 @@ def load_model(kind: str, source: str, *, dtype: Precision, cache_dir: str | Non
     return cls.from_pretrained(source, dtype=DTYPES[dtype], cache_dir=cache_dir)
 
 
-def pipeline_parts(source: str) -> tuple[str, str]:
-    """Where the model and the tokenizer are: side by side, or in the folders of a pipeline."""
-    parts = Path(source) / "text_encoder", Path(source) / "tokenizer"
+def pipeline_parts(source: str, *, suffix: str = "") -> tuple[str, str]:
+    """Where the model and the tokenizer are: side by side, or in the folders of a pipeline.
+
+    Args:
+        suffix: of the names of these folders; "_2" is the second encoder of a pipeline.
+    """
+    parts = Path(source) / f"text_encoder{suffix}", Path(source) / f"tokenizer{suffix}"
     return (str(parts[0]), str(parts[1])) if all(part.is_dir() for part in parts) else (source, source)
 
 

@@ -74,7 +74,7 @@ def tiny_t5(sizes: Mapping[str, int], kind: Literal["t5", "umt5"]) -> nn.Module:
         pad_token_id=PAD,
         eos_token_id=EOS,
     )
-    return _filled(lambda: model_class(config), sizes["seed"])
+    return filled(lambda: model_class(config), sizes["seed"])
 
 
 def tiny_clip(sizes: Mapping[str, int], max_length: int) -> nn.Module:
@@ -93,10 +93,10 @@ def tiny_clip(sizes: Mapping[str, int], max_length: int) -> nn.Module:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    return _filled(lambda: CLIPTextModel(config), sizes["seed"])
+    return filled(lambda: CLIPTextModel(config), sizes["seed"])
 
 
-def _filled(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def filled(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A model whose weights are a function of (seed, name), the same in every process and with every transformers."""
     with torch.random.fork_rng(devices=[]):  # transformers draws weights of its own first
         model = build()

@@ -28,7 +28,7 @@ VARYING_SHIFTS = ("resolution", "exponential", "root")  # those that depend on t
 CHOICES = {
     "t_distribution": ("logit_normal", "uniform", "mode", "mix", "lognorm", "beta"),
     "window": ("clamp", "truncate"),
-    "weighting": (None, "uniform", "linear", "bsmntw"),
+    "weighting": (None, "uniform", "linear", "bsmntw", "sigma_sqrt", "cosmap"),
 }
 # argument -> (its default, the argument that decides whether it is read, and the values for which it is)
 READ_ONLY_WITH = {
@@ -43,7 +43,7 @@ READ_ONLY_WITH = {
     "base_shift": (1.0, "shift", ("resolution", "exponential")),
     "max_shift": (3.0, "shift", VARYING_SHIFTS),
     "weight_slope": (None, "weighting", ("linear",)),
-    "normalize_weight": (False, "weighting", ("linear", "bsmntw")),
+    "normalize_weight": (False, "weighting", ("linear", "bsmntw", "cosmap")),
 }
 
 
@@ -98,7 +98,8 @@ class FlowMatching:
         t_min, t_max: the times after the shift stay within.
         window: "clamp" puts the times outside on the ends; "truncate" draws from the distribution given that the
             time is inside, so no mass gathers at an end (one of two experts trains on a window this way).
-        weighting: None or "uniform": 1; "linear": 1 + weight_slope * t; "bsmntw": see `bell_weight`.
+        weighting: None or "uniform": 1; "linear": 1 + weight_slope * t; "bsmntw": see `bell_weight`; of SD3
+            (arXiv:2403.03206, section 3.1) "sigma_sqrt": 1 / t^2, at most 10^6, and "cosmap": 2 / (pi (1 - 2t + 2t^2)).
         weight_slope: None is the shift, which then has to be a number.
         normalize_weight: divide by the mean weight under the distribution of `t`, so that the learning rate
             means the same with and without weighting; needs a shift that is the same for all clips.
@@ -127,7 +128,7 @@ class FlowMatching:
         t_min: float = 0.0,
         t_max: float = 1.0,
         window: Literal["clamp", "truncate"] = "clamp",
-        weighting: Literal["uniform", "linear", "bsmntw"] | None = None,
+        weighting: Literal["uniform", "linear", "bsmntw", "sigma_sqrt", "cosmap"] | None = None,
         weight_slope: float | None = None,
         normalize_weight: bool = False,
     ) -> None:
@@ -285,6 +286,11 @@ class FlowMatching:
             return torch.ones_like(t_B, dtype=torch.float32)
         if self.weighting == "bsmntw":
             return bell_weight(t_B) * self._weight_scale
+        if self.weighting == "sigma_sqrt":
+            return t_B.float().clamp(min=1 / NUM_WEIGHT_BINS) ** -2
+        if self.weighting == "cosmap":
+            t = t_B.float()
+            return 2 / (math.pi * (1 - 2 * t + 2 * t * t)) * self._weight_scale
         slope = self.shift if self.weight_slope is None else self.weight_slope
         return (1 + float(slope) * t_B.float()) * self._weight_scale
 

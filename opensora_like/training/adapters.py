@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from opensora_like import rng
-from opensora_like.checkpoint.adapters import read_adapters
+from opensora_like.checkpoint.adapters import begin_from
 from opensora_like.models.base import Denoiser
-from opensora_like.models.lora import add_lora, put_adapters
+from opensora_like.models.lora import add_lora
 from opensora_like.runtime import logger
 from opensora_like.settings import RunConfig
 
@@ -26,5 +26,5 @@ def add_adapters(cfg: RunConfig, model: Denoiser) -> None:
     add_lora(model, cfg.lora_config, seed=rng.seed_of(cfg.seed, "lora"))
     if cfg.lora_checkpoint is not None:
         where = f"lora_checkpoint={cfg.lora_checkpoint!r}"
-        weights = read_adapters(cfg.lora_checkpoint, where="lora_checkpoint", use_ema=False)
-        logger.info("%s: %d tensors loaded", where, put_adapters(model, weights, where=where))
+        number = begin_from(model, cfg.lora_checkpoint, cfg.lora_config, where="lora_checkpoint")
+        logger.info("%s: %d tensors loaded", where, number)

@@ -15,7 +15,9 @@ from torch.distributed import ProcessGroup
 
 from opensora_like import runtime as rt
 from opensora_like.boosters.base import Booster
+from opensora_like.boosters.pair import PairBooster
 from opensora_like.boosters.text_encoder_parallel import cut_t5
+from opensora_like.checkpoint.facts import frozen_facts
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.weights import load_pretrained
 from opensora_like.conditioning.encode import Encode
@@ -41,15 +43,18 @@ from opensora_like.training.cached import Cached, open_cached
 from opensora_like.training.compilation import compile_parts
 from opensora_like.training.data import batches_from, build_balance, grid_of, loss_weights, make_plan_of
 from opensora_like.training.data_checks import build_checked_dataset, build_outline
+from opensora_like.training.distill_roles import Trained, check_distill, prepare_distilled
 from opensora_like.training.ema import EMA
+from opensora_like.training.errors import error_options
 from opensora_like.training.offload import build_offload
 from opensora_like.training.optim import build_rates, optimizer_factory
-from opensora_like.training.pretrained import build_unfilled, log_peak_memory
+from opensora_like.training.pretrained import Unfilled, build_unfilled, log_peak_memory
 from opensora_like.training.resume import load_state, log_report
 from opensora_like.training.run_folder import open_run_folder
 from opensora_like.training.spikes import SpikeGuard
 from opensora_like.training.step import FlowMatchingStep, Scheduler
 from opensora_like.training.throughput import build_throughput
+from opensora_like.training.trainable import choose_trainable, lr_scales_of
 from opensora_like.training.trainer import Run, Schedule
 from opensora_like.training.validation import Observer, Watched, build_watch
 
@@ -85,17 +90,12 @@ def build_run(
     dealing = sharing if cached is None else None  # cached latents are read where they are used
     encode = build_encode(cfg, runtime.device, model, autoencoder, encoders, sharing=sharing)
     compile_parts(cfg, model, autoencoder)
-    wrapped = booster.prepare(model, optimizer_factory(cfg.optim, device=runtime.device))
-    if unfilled is not None:
-        unfilled.fill(booster)
-    for group in booster.param_groups:
-        group["base_lr"] = cfg.optim["lr"]
-    ema = EMA(booster, cfg.ema_decay) if cfg.ema_decay is not None else None
+    trained = prepare(cfg, runtime, booster, model, unfilled, encode, scheduler, offload or nullcontext)
+    ema, step_fn = trained.ema, trained.step_fn
     balance = build_balance(cfg, dataset, autoencoder, encoders)
     plan_of = make_plan_of(cfg, runtime, dataset, balance)
     checkpoints = build_checkpoints(cfg, runtime, folder, dataset, booster, ema, balance, text=config_text(asked))
-    step_fn = build_step(cfg, wrapped, encode, scheduler, around_forward=offload or nullcontext)
-    watched = Watched(cfg, runtime, folder, model, wrapped, autoencoder, encoders, booster, ema)
+    watched = Watched(cfg, runtime, folder, model, trained.forward, autoencoder, encoders, trained.booster, ema)
     watch = build_watch(watched, observe, step_fn, dataset, build_encode=build_encode)
     load = partial(load_state, cfg, folder, checkpoints, micro_per_step=booster.dp_size * cfg.accumulation_steps)
     state = load() if watch is None else watch.around_load(load, base_is_loaded=cfg.load_weights_only)
@@ -119,7 +119,34 @@ def build_run(
         lock=lock,
         watch=watch,
         gc_every=cfg.gc_every,
+        before_step=trained.take_turn,
     )
+
+
+def prepare(
+    cfg: RunConfig,
+    runtime: Runtime,
+    booster: Booster,
+    model: Denoiser,
+    unfilled: Unfilled | None,
+    encode: Encode,
+    scheduler: Scheduler,
+    around_forward: Callable[[], AbstractContextManager[None]],
+) -> Trained:
+    """Let `booster` take the model, and with `distill` the critic as well; then fill it, if it was built unfilled."""
+    scales = lr_scales_of(model, cfg.lr_scales)
+    make_optimizer = optimizer_factory(cfg.optim, device=runtime.device, lr_scales=scales)
+    if isinstance(booster, PairBooster):
+        parts = (cfg, runtime, booster, model, make_optimizer, encode, scheduler)
+        return prepare_distilled(*parts, build_model=build_model, around_forward=around_forward)
+    wrapped = booster.prepare(model, make_optimizer)
+    if unfilled is not None:
+        unfilled.fill(booster)
+    for group in booster.param_groups:
+        group["base_lr"] = cfg.optim["lr"] * group.get("lr_scale", 1.0)
+    ema = EMA(booster, cfg.ema_decay) if cfg.ema_decay is not None else None
+    step_fn = build_step(cfg, wrapped, encode, scheduler, around_forward=around_forward)
+    return Trained(wrapped, booster, step_fn, ema)
 
 
 def build_step(
@@ -137,7 +164,7 @@ def build_step(
         scheduler,
         seed=cfg.seed,
         dtype=rt.DTYPES[cfg.dtype],
-        no_i2v_ref_loss=cfg.no_i2v_ref_loss,
+        errors=error_options(cfg),
         dropout=dropout_of(cfg.lora_config) > 0,
         around_forward=around_forward,
     )
@@ -152,6 +179,7 @@ def build_model(cfg: RunConfig) -> Denoiser:
         where = "model.from_pretrained"
         report = load_pretrained(model, model.from_pretrained, where=where, strict=model.strict_load)
         log_report(f"{where} {model.from_pretrained}", report)
+    choose_trainable(cfg, model)
     add_adapters(cfg, model)
     return model
 
@@ -185,7 +213,14 @@ def build_frozen(
 
 
 def build_booster(cfg: RunConfig, runtime: Runtime) -> Booster:
-    """The training backend of `cfg.booster`."""
+    """The training backend of `cfg.booster`; with `distill` two of them, for two models in turns."""
+    if cfg.distill is None:
+        return _build_booster(cfg, runtime)
+    check_distill(cfg)
+    return PairBooster(_build_booster(cfg, runtime), _build_booster(cfg, runtime))
+
+
+def _build_booster(cfg: RunConfig, runtime: Runtime) -> Booster:
     return build(
         cfg.booster,
         BOOSTERS,
@@ -218,6 +253,7 @@ def build_encode(
         guidance=cfg.guidance,
         sample_posterior=cfg.sample_posterior,
         sharing=sharing,
+        shapes_only=cfg.distill is not None,
     )
 
 
@@ -247,7 +283,13 @@ def build_checkpoints(
             seed=cfg.seed,
             balance=balance.key if balance else None,
         ),
-        about={"world_size": runtime.world_size, "booster": dict(cfg.booster), "dtype": cfg.dtype, "seed": cfg.seed},
+        about={
+            "world_size": runtime.world_size,
+            "booster": dict(cfg.booster),
+            "dtype": cfg.dtype,
+            "seed": cfg.seed,
+            **frozen_facts(cfg.trainable_modules, cfg.model.get("from_pretrained")),
+        },
         async_io=cfg.async_io,
         on_save_error=cfg.on_save_error,
     )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from opensora_like.conditioning.masks import references_of
 from opensora_like.conditioning.wan_i2v import takes_grey_clips
 from opensora_like.datasets.latent_store import LatentStore, check_fingerprint, open_store
-from opensora_like.models.base import Autoencoder, TextEncoder
+from opensora_like.models.base import Autoencoder, TextEncoder, encoders_of
 from opensora_like.models.fingerprint import encoder_fingerprint
 from opensora_like.models.stand_ins import CachedAutoencoder, CachedText
 from opensora_like.registry import MODELS, resolve
@@ -61,10 +61,14 @@ def check_no_pixels_needed(cfg: RunConfig) -> None:
     Raises:
         ValueError: published Wan i2v conditions, or an encoder of images.
     """
-    pictures = [n for n, c in cfg.encoders.items() if hasattr(resolve(c.get("type"), MODELS), "encode_images")]
-    if pictures:
+    classes = {name: resolve(section.get("type"), MODELS) for name, section in cfg.encoders.items()}
+    if pictures := encoders_of("image", classes) + encoders_of("captioned image", classes):
         raise ValueError(
             f"encoders.{pictures[0]} encodes given frames, which are not cached; train with a dataset that reads videos"
+        )
+    if sounds := encoders_of("audio", classes):
+        raise ValueError(
+            f"encoders.{sounds[0]} encodes sound, which is not cached; train with dataset.type='video_speech'"
         )
     model = build_on_meta(cfg.model, where="model")
     if "visual" in model.condition_names and takes_grey_clips(model):

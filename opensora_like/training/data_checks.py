@@ -20,6 +20,7 @@ from opensora_like.training.cached import Cached
 from opensora_like.training.data import build_dataset
 from opensora_like.training.held_out_loss import hold_out
 from opensora_like.training.measure import build_on_meta
+from opensora_like.training.trainable import choose_trainable
 
 
 class Outline(NamedTuple):
@@ -32,6 +33,7 @@ class Outline(NamedTuple):
 def build_outline(cfg: RunConfig, cached: Cached | None) -> Outline:
     """Nothing is read or drawn for it. Args: cached: as `open_cached` gives it."""
     model = build_on_meta(cfg.model, where="model")
+    choose_trainable(cfg, model)
     return Outline(model, build_on_meta(cfg.autoencoder, where="autoencoder") if cached is None else cached.autoencoder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,20 +19,26 @@ class EMA:
 
     Args:
         decay: in [0, 1).
+        updates_of: updates of the run -> how many these weights have had; None where the last one was not theirs.
 
     Source: the schedule of TensorFlow's ExponentialMovingAverage with num_updates.
     """
 
-    def __init__(self, booster: Booster, decay: float) -> None:
+    def __init__(
+        self, booster: Booster, decay: float, *, updates_of: Callable[[int], int | None] = lambda step: step
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay={decay} must be in [0, 1); 0.999 to 0.9999 are usual")
         self.decay = decay
-        self._booster = booster
+        self._booster, self._updates_of = booster, updates_of
         self.shards: dict[str, Tensor] = {name: shard.clone() for name, shard in booster.master_shards()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Average the weights as they are after update `step` (from 1) into the shards."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        count = self._updates_of(step)
+        if count is None:
+            return
+        decay = min(self.decay, (1 + count) / (10 + count))
         for name, master in self._booster.master_shards():
             self.shards[name].lerp_(master, 1 - decay)

@@ -132,7 +132,7 @@ REASONS: dict[str, str] = {
     "optimizer._target_": "optim.type is AdamW, SGD or HybridAdam",
     "optimizer.fused": "torch chooses the kernel of AdamW",
     "optimizer.foreach": "torch chooses the kernel of AdamW",
-    "optimizer.param_group_overrides": "all parameters have one rate and one weight decay",
+    "optimizer.param_group_overrides": "rates by names of parameters are lr_scales, and there is one weight decay",
     "flow_matching.adapter_type": "the model takes its conditions by name, it needs no adapter; 'simple' is Wan's",
     "flow_matching.adapter_kwargs.*": "the model takes its conditions by name, it needs no adapter",
     "flow_matching.adapter_kwargs": "the model takes its conditions by name, it needs no adapter",

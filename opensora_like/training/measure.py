@@ -19,6 +19,7 @@ from opensora_like.models.layers import Attention
 from opensora_like.registry import MODELS, build
 
 IMAGE_TOKENS = 257  # of an image embedding where a model takes one
+AUDIO_VECTORS = 176  # of 81 frames at 23 frames per second, where a model hears
 PROBES = ((1, 16, 32), (4, 16, 32), (8, 32, 32))  # latents (T, H, W) in patches at which a model is measured
 
 
@@ -135,14 +136,18 @@ SMALL: dict[str, dict[str, Any]] = {
         "freq_dim": 32,
         "text_length": 24,
     },
+    "hunyuan_video": {"num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 2, "num_single_layers": 4}
+    | {"rope_axes_dim": (8, 12, 12), "in_channels": 16, "text_dim": 64, "pooled_dim": 32},
 }
 SMALL["flux"] = SMALL["mmdit"]
 # settings of a section that are not taken over: sizes, files, and what is checkpointed, which is set instead
 DROPPED: dict[str, tuple[str, ...]] = {
     "mmdit": ("from_pretrained", "grad_ckpt_settings", "grad_ckpt_setting"),
-    "wan": ("from_pretrained", "variant", "config", "image_dim", "ungiven", "grad_checkpoint"),
+    "wan": ("from_pretrained", "variant", "config", "image_dim", "ungiven", "token_replace", "grad_checkpoint"),
+    "hunyuan_video": ("from_pretrained", "variant", "grad_checkpoint"),
 }
 CHECKPOINTED: dict[str, dict[str, Any]] = {"mmdit": {"grad_ckpt_settings": (1, 2)}, "wan": {"grad_checkpoint": 2}}
+CHECKPOINTED["hunyuan_video"] = {"grad_checkpoint": (1, 2)}
 
 
 class CountError(NamedTuple):
@@ -157,13 +162,14 @@ def memory_error(section: Mapping[str, Any], *, text_length: int = 24) -> CountE
     """Compare `measure_memory` with tensors on the CPU, at a size it was not measured at.
 
     Args:
-        section: of a model; its kinds of blocks are kept, its sizes replaced by `SMALL`. Wan is text-to-video then.
+        section: of a model; its kinds of blocks are kept, its sizes replaced by `SMALL`. Wan is text-to-video then, as
+            is a variant of HunyuanVideo.
 
     Returns: None where no small model of this type is known.
     """
     if section["type"] not in SMALL:
         return None
-    kind = "wan" if section["type"] == "wan" else "mmdit"
+    kind = section["type"] if section["type"] in DROPPED else "mmdit"
     small = {k: v for k, v in section.items() if k not in DROPPED[kind]} | SMALL[kind] | CHECKPOINTED[kind]
     predicted = measure_memory(build_on_meta(small, where="model"), text_length=text_length)
     model = build(small, MODELS, where="model").to(torch.bfloat16)
@@ -199,11 +205,13 @@ def example_inputs(
         "guidance": lambda: (),
         "visual": lambda: (1 + channels, *latents),
         "image_embeds": lambda: (IMAGE_TOKENS, _width(model, "sizes.image_dim", "image_dim")),
+        "audio": lambda: (AUDIO_VECTORS, _width(model, "audio_dim")),
     }
     if unknown := sorted(model.condition_names - made.keys()):
         raise ValueError(f"the shapes of conditions {unknown} of {type(model).__name__} are not known; add them here")
     options = {"dtype": weight.dtype, "device": weight.device}
     conditions = {name: torch.zeros(batch_size, *made[name](), **options) for name in sorted(model.condition_names)}
+    conditions["text"] = torch.ones_like(conditions["text"])  # rows of zeros are padding to some models
     t_B = torch.full((batch_size,), 0.5, device=weight.device)
     return torch.zeros(batch_size, channels, *latents, **options), t_B, conditions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,17 @@ from torch import nn
 
 from opensora_like.boosters.base import OptimizerFactory
 from opensora_like.settings import RunConfig
+from opensora_like.training.trainable import group_by_scale
 
 
-def optimizer_factory(optim: Mapping[str, Any], *, device: torch.device) -> OptimizerFactory:
+def optimizer_factory(
+    optim: Mapping[str, Any], *, device: torch.device, lr_scales: Sequence[float] = ()
+) -> OptimizerFactory:
     """What makes the optimizer once the booster knows its parameters.
 
     Args:
         optim: the config section `optim`, complete.
+        lr_scales: of the trainable parameters, in their order; as `trainable.lr_scales_of` gives them.
 
     Raises:
         ValueError: an optimizer that this device cannot run.
@@ -31,6 +35,7 @@ def optimizer_factory(optim: Mapping[str, Any], *, device: torch.device) -> Opti
         raise ValueError(f"optim.momentum={optim['momentum']} is SGD's; {kind} has betas")
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        parameters = group_by_scale(parameters, lr_scales)
         if kind == "SGD":
             return torch.optim.SGD(parameters, lr=lr, momentum=optim["momentum"], weight_decay=weight_decay)
         settings = {"lr": lr, "betas": tuple(optim["betas"]), "eps": optim["eps"], "weight_decay": weight_decay}

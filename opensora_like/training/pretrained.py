@@ -5,14 +5,17 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from opensora_like.boosters.base import Booster
+from opensora_like.checkpoint.facts import frozen_source
 from opensora_like.checkpoint.initial import InitialValues
 from opensora_like.checkpoint.sharded import WeightSource, load_pretrained_sharded, open_source, plan_load
+from opensora_like.checkpoint.weights import newest_of
 from opensora_like.models.base import Denoiser
 from opensora_like.registry import MODELS, build
 from opensora_like.runtime import Runtime, logger
@@ -69,6 +72,12 @@ def _unfilled(cfg: RunConfig, path: str) -> Unfilled | str:
     """The model, or why it has to be loaded whole."""
     if cfg.lora_config is not None:
         return "lora_config freezes the model"
+    if cfg.model.get("audio_pretrained") is not None:
+        return "model.audio_pretrained is a second source"
+    if cfg.trainable_modules is not None:
+        return "trainable_modules freezes the rest of the model"
+    if frozen_source(newest_of(Path(path), WHERE)) is not None:
+        return "it holds only what its run trained"
     source = open_source(path, where=WHERE)
     if source is None:
         return "only safetensors and checkpoints can be read in parts"

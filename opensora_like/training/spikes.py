@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 
 WINDOW = 100  # updates that say what is usual
 LEAST = 20  # updates before anything is judged
@@ -23,10 +23,11 @@ class SpikeGuard:
         if factor and factor <= 1:
             raise ValueError(f"spike_factor={factor} must be above 1, or 0 to report no spikes")
         self._factor = factor
-        self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._norms: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
 
-    def usual(self, grad_norm: float) -> float | None:
-        """The usual norm where `grad_norm`, the same on all ranks, is a spike; else None."""
-        usual = statistics.median(self._norms) if len(self._norms) >= LEAST else None
-        self._norms.append(grad_norm)
+    def usual(self, grad_norm: float, role: str = "") -> float | None:
+        """The usual norm of `role` where `grad_norm`, the same on all ranks, is a spike; else None."""
+        norms = self._norms[role]
+        usual = statistics.median(norms) if len(norms) >= LEAST else None
+        norms.append(grad_norm)
         return usual if usual is not None and self._factor and grad_norm > self._factor * usual else None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from opensora_like import rng
 from opensora_like.conditioning.encode import Encode, Inputs
-from opensora_like.conditioning.masks import reference_loss_mask
 from opensora_like.datasets.batch import Batch
+from opensora_like.training.errors import ErrorOptions, sample_errors
 
 
 class Scheduler(Protocol):
@@ -33,7 +33,7 @@ class FlowMatchingStep:
     Args:
         model: called as ``model(x_BCTHW, t_B, conditions)``; the booster's wrapped denoiser.
         dtype: of the inputs at the model's door; t stays float32.
-        no_i2v_ref_loss: leave given frames out of the loss.
+        errors: what a sample's error is made of.
         dropout: the model draws from torch's own generator, which is then seeded for every micro-batch.
         around_forward: makes what the forward runs in, such as `offload.ActivationOffload`.
     """
@@ -46,12 +46,12 @@ class FlowMatchingStep:
         *,
         seed: int,
         dtype: torch.dtype,
-        no_i2v_ref_loss: bool = False,
+        errors: ErrorOptions = ErrorOptions(),
         dropout: bool = False,
         around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model, self.encode, self.scheduler = model, encode, scheduler
-        self._seed, self._dtype, self._skip_given, self._dropout = seed, dtype, no_i2v_ref_loss, dropout
+        self._seed, self._dtype, self._options, self._dropout = seed, dtype, errors, dropout
         self._around_forward = around_forward
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -71,16 +71,16 @@ class FlowMatchingStep:
         x_t = self.scheduler.add_noise(inputs.x0_BCTHW, noise, t_B)
         conditions = {k: v.to(self._dtype) for k, v in inputs.conditions.items()}
         prediction = self.model(x_t.to(self._dtype), t_B, conditions)
-        error_BCTHW = (prediction.float() - self.scheduler.target(inputs.x0_BCTHW, noise)).square()
-        if inputs.given_BT is None or not self._skip_given:
-            return error_BCTHW.mean(dim=(1, 2, 3, 4))
-        return (error_BCTHW.mean(dim=(1, 3, 4)) * reference_loss_mask(inputs.given_BT)).mean(dim=1)
+        target = self.scheduler.target(inputs.x0_BCTHW, noise)
+        return sample_errors(prediction, target, inputs.given_BT, self._options)
 
 
-def draw_noise(shape: torch.Size, seed: int, epoch: int, rows: list[int], *, device: torch.device) -> Tensor:
+def draw_noise(
+    shape: torch.Size, seed: int, epoch: int, rows: list[int], *, device: torch.device, purpose: str = "noise"
+) -> Tensor:
     """Standard normal noise of each sample from its own counter. Returns: float32 of `shape`, on `device`."""
     noise = torch.empty(shape, device=device)
     for place, row in zip(noise, rows, strict=True):
-        generator = rng.generator(seed, "noise", epoch, row, device=device)
+        generator = rng.generator(seed, purpose, epoch, row, device=device)
         torch.randn(place.shape, generator=generator, device=device, out=place)
     return noise

@@ -64,6 +64,8 @@ class Run:
         gc_every: see `GarbageControl`.
         throughput: what a batch costs.
         spikes: notices gradient norms that are out of the usual.
+        before_step: told the number of each update, from 0, before it. Returns: whose it is where models take turns;
+            metrics of such steps end in it.
     """
 
     runtime: Runtime
@@ -83,6 +85,7 @@ class Run:
     lock: TextIO | None = None
     watch: Watch | None = None
     gc_every: int = 0
+    before_step: Callable[[int], str] = lambda step: ""
 
 
 def train(run: Run) -> bool:
@@ -99,6 +102,7 @@ def train(run: Run) -> bool:
         if run.watch is not None:
             meter.off_the_clock(run.watch.begin)
         while not schedule.is_done(state):
+            role = run.before_step(state.step)
             schedule.rates.set_on(booster.param_groups, state.step)
             seen: list[tuple[Batch, Tensor]] = []
             weights = None
@@ -114,12 +118,12 @@ def train(run: Run) -> bool:
             if not math.isfinite(grad_norm):  # before anything is averaged, written or saved
                 raise FloatingPointError(describe_non_finite(grad_norm, seen, state.step + 1))
 
-            if (usual := run.spikes.usual(grad_norm)) is not None:
+            if (usual := run.spikes.usual(grad_norm, role)) is not None:
                 logger.warning("%s", describe_spike(grad_norm, usual, seen, state.step + 1))
             _advance(run, first=seen[0][0])
             if run.ema is not None:
                 run.ema.update(state.step)
-            meter.after_step(seen, grad_norm)
+            meter.after_step(seen, grad_norm, role)
             garbage.after_step(state.step)
             run.checkpoints.check()
             stopping = stop.agreed()
@@ -182,6 +186,12 @@ def describe_spike(grad_norm: float, usual: float, seen: list[tuple[Batch, Tenso
     )
 
 
+def metrics_of(role: str, loss: float, grad_norm: float, lr: float) -> dict[str, float]:
+    """What is logged of a step, by names that say whose it was."""
+    suffix = f"_{role}" if role else ""
+    return {f"loss{suffix}": loss, f"grad_norm{suffix}": grad_norm, f"lr{suffix}": lr}
+
+
 class Meter:
     """Times the loop, shows the bar, writes the metrics. The loss logged is the step's own, over all ranks."""
 
@@ -190,6 +200,7 @@ class Meter:
         self._started = time.perf_counter()
         self._waited = 0.0
         self._tokens = self._flops = 0.0
+        self._newest: dict[str, tuple[Tensor, float, float]] = {}  # role -> loss, grad_norm, lr of its last step
         self._steps, self._samples = 0, run.state.samples
         self._bar = tqdm(
             total=run.schedule.total_steps,
@@ -216,9 +227,11 @@ class Meter:
         self._waited += time.perf_counter() - began
         return batch
 
-    def after_step(self, seen: list[tuple[Batch, Tensor]], grad_norm: float) -> None:
-        """Count the step; at every `log_every` of them write a row."""
+    def after_step(self, seen: list[tuple[Batch, Tensor]], grad_norm: float, role: str) -> None:
+        """Count the step; at every `log_every` of them write a row, with the last step of each role since the last."""
         run = self._run
+        loss = torch.stack([loss for _, loss in seen]).mean().double()
+        self._newest[role] = (loss, grad_norm, run.booster.param_groups[0]["lr"])
         self._steps += 1
         for batch, _ in seen:
             tokens, flops = run.throughput.of(batch)
@@ -227,15 +240,16 @@ class Meter:
         self._show_epoch()
         if not is_due(run.state.step, run.schedule.log_every):
             return
-        loss = torch.stack([loss for _, loss in seen]).mean().double()
-        means = mean_over_ranks(torch.stack([loss, loss.new_tensor(self._tokens), loss.new_tensor(self._flops)]))
-        loss, tokens, flops = means.tolist()
+        losses = [loss for loss, _, _ in self._newest.values()]
+        means = mean_over_ranks(torch.stack([*losses, loss.new_tensor(self._tokens), loss.new_tensor(self._flops)]))
+        *losses, tokens, flops = means.tolist()
         now = time.perf_counter()
         seconds = now - self._started
-        values = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": run.booster.param_groups[0]["lr"],
+        values: dict[str, float] = {}
+        for name, loss_of_role, (_, *others) in zip(self._newest, losses, self._newest.values(), strict=True):
+            values |= metrics_of(name, loss_of_role, *others)
+        said = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        values |= {
             "epoch": run.state.epoch,
             "samples": run.state.samples,
             "samples_per_second": (run.state.samples - self._samples) / seconds,
@@ -249,10 +263,9 @@ class Meter:
         for writer in run.writers:
             writer.write(run.state.step, values)
         self._bar.set_postfix_str(
-            f"loss {loss:.4f} grad_norm {grad_norm:.3f} lr {values['lr']:.2e} "
-            f"{values['samples_per_second']:.1f} samples/s wait {values['data_wait']:.0%}",
-            refresh=False,
+            f"{said} {values['samples_per_second']:.1f} samples/s wait {values['data_wait']:.0%}", refresh=False
         )
+        self._newest.clear()
         self._started, self._waited, self._samples, self._steps = now, 0.0, run.state.samples, 0
         self._tokens = self._flops = 0.0
 

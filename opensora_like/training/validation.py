@@ -314,6 +314,7 @@ def _build_held_out_loss(
         "no_i2v_ref_loss",
         "guidance",
         "dtype",
+        *(name for name in ("motion_loss_ratio", "error_cut") if getattr(cfg, name)),
     )
     decisive = json.dumps({name: getattr(cfg, name) for name in names}, sort_keys=True, default=str)
     key = hashlib.blake2b(decisive.encode(), digest_size=8).hexdigest()

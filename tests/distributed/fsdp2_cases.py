@@ -78,10 +78,10 @@ class Case:
 TP, SP, HSDP = ("tp_size", 2), ("sp_size", 2), ("dp_replicate_size", 2)
 RING = ("sequence_parallelism_mode", "ring")
 FUSED, SPLIT, ADAMW = Problem(), Problem("split"), Problem(optim="adamw")
-WAN = Problem("wan", steps=4)
+WAN, TI2V, SPEECH = (Problem(name, steps=4) for name in ("wan", "ti2v", "speech"))
 LONG_TEXT, FEW, SINGLE = (Problem(data=d, steps=4) for d in ("long text", "few tokens", "single"))
 BF16 = Problem(dtype="bf16")
-PROBLEMS = [FUSED, SPLIT, ADAMW, WAN, LONG_TEXT, FEW, SINGLE, BF16, Problem("frozen", steps=4)]
+PROBLEMS = [FUSED, SPLIT, ADAMW, WAN, TI2V, SPEECH, LONG_TEXT, FEW, SINGLE, BF16, Problem("frozen", steps=4)]
 
 CASES: dict[int, list[Case]] = {
     1: [Case(p) for p in (FUSED, SPLIT)] + [Case(ADAMW, 2, (("cpu_offload", True),)), Case(BF16)],
@@ -97,7 +97,8 @@ CASES: dict[int, list[Case]] = {
         *(Case(p, 2, (TP,)) for p in (FUSED, SPLIT, ADAMW, BF16)),
         *(Case(p, 2, (SP,)) for p in (FUSED, SPLIT, ADAMW, BF16)),
         *(Case(p, 2, (SP, RING)) for p in (FUSED, SPLIT, BF16)),
-        *(Case(WAN, 1, o) for o in ((), (TP,), (SP,), (SP, RING))),
+        *(Case(p, 1, o) for p in (WAN, SPEECH) for o in ((), (TP,), (SP,), (SP, RING))),
+        *(Case(TI2V, 1, o) for o in ((TP,), (SP,), (SP, RING))),
         *(Case(p, 1, o) for p in (LONG_TEXT, FEW, SINGLE) for o in ((SP,), (SP, RING))),
         *(Case(Problem("frozen", steps=4), 1, o) for o in ((), (TP,), (SP,))),
         Case(BF16),

@@ -27,11 +27,20 @@ def frozen() -> nn.Module:
     return model
 
 
-def wan() -> nn.Module:
+def wan(*, token_replace: bool = False) -> nn.Module:
     from opensora_like.models.wan import Wan
 
     sizes = {"num_attention_heads": 4, "attention_head_dim": 6, "ffn_dim": 20, "num_layers": 2, "freq_dim": 8}
-    return Wan(in_channels=5, out_channels=5, text_dim=7, text_length=4, grad_checkpoint=1, **sizes)
+    given = {"in_channels": 5, "out_channels": 5, "text_dim": 7, "text_length": 4, "token_replace": token_replace}
+    return Wan(grad_checkpoint=1, **given, **sizes)
+
+
+def speech() -> nn.Module:
+    from opensora_like.models.fantasy_talking import FantasyTalking
+
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 6, "ffn_dim": 20, "num_layers": 2, "freq_dim": 8}
+    sizes |= {"audio_dim": 3, "audio_width": 5, "in_channels": 11, "out_channels": 5}
+    return FantasyTalking(text_dim=7, text_length=4, grad_checkpoint=1, **sizes)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -41,6 +50,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "frozen": frozen,
     "wan": wan,
+    "ti2v": lambda: wan(token_replace=True),
+    "speech": speech,
 }
 # name -> (samples, text tokens, T, H, W); two or four ranks can share none of these sequences evenly
 DATA: dict[str, tuple[int, int, int, int, int]] = {
@@ -65,13 +76,18 @@ def data(model: str, name: str, step: int) -> tuple[Tensor, Tensor, dict[str, Te
     """The global batch of a step: x, t, conditions, target."""
     generator = torch.Generator().manual_seed(1000 + step)
     count, text, t, h, w = DATA[name]
-    if model == "wan":
+    if model in ("wan", "ti2v", "speech"):
         text, t, h, w = *(3, 3), 2 * h, 2 * w
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(count, *shape, generator=generator)
 
     conditions = {"text": draw(text, 7), "pooled": draw(6), "guidance": draw().abs(), "visual": draw(6, t, h, w)}
-    wanted = {"split": ["text", "pooled", "guidance", "visual"], "wan": ["text"]}.get(model, ["text", "pooled"])
+    wanted = {"speech": ["text", "visual", "audio"], "ti2v": ["text", "visual"]}
+    wanted |= {"split": ["text", "pooled", "guidance", "visual"], "wan": ["text"]}
+    wanted = wanted.get(model, ["text", "pooled"])
     x, target, times = draw(5, t, h, w), draw(5, t, h, w), torch.rand(count, generator=generator)
+    if model == "speech":
+        conditions["audio"] = draw(11, 3)
+        conditions["audio"][1, 6:], conditions["audio"][2] = 0.0, 0.0  # a shorter sound, and none
     return x, times, {name: conditions[name] for name in wanted}, target

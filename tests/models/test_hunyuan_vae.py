@@ -287,3 +287,34 @@ def test_importing_needs_torch_alone():
     """The module is imported by the registry: diffusers only comes when an autoencoder is built."""
     code = "import sys; import opensora_like.models.autoencoders.hunyuan_vae; sys.exit('diffusers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("num_frames", [9, 33])
+def test_the_folder_of_diffusers_is_read(tmp_path, num_frames):
+    """Of a pipeline's folder the part of the autoencoder: names, latents and pixels, in tiles of time, too."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    torch.manual_seed(0)
+    theirs = AutoencoderKLHunyuanVideo(**TINY).eval()
+    theirs.save_pretrained(tmp_path / "vae")
+    for source in (tmp_path, tmp_path / "vae"):
+        ours = HunyuanVAE(str(source), **TINY, use_temporal_tiling=True, sample_tsize=16)
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+    video = torch.rand(1, 3, num_frames, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        z = theirs.encode(video).latent_dist.mode() * theirs.config.scaling_factor
+        torch.testing.assert_close(ours.encode(video), z, atol=1e-5, rtol=0)
+        pixels = theirs.decode(z / theirs.config.scaling_factor).sample
+    torch.testing.assert_close(ours.decode(z), pixels, atol=1e-4, rtol=0)
+
+
+def test_a_folder_that_does_not_fit_says_so(tmp_path):
+    """Latents that are scaled otherwise, and a folder without one file of weights."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    AutoencoderKLHunyuanVideo(**TINY, scaling_factor=0.5).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"scales latents by 0\.5, autoencoder\.scale_factor=0\.476986"):
+        HunyuanVAE(str(tmp_path), **TINY)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has 0 safetensors files"):
+        HunyuanVAE(str(tmp_path), **TINY)

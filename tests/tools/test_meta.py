@@ -21,6 +21,7 @@ import meta  # noqa: E402
 from make_clips import numbered_frames, turn, write_clip, write_fakes  # noqa: E402
 
 from opensora_like.datasets import clip_facts  # noqa: E402
+from opensora_like.datasets.table import read_table  # noqa: E402
 
 MEASURED = ["height", "width", "fps", "num_frames", "aspect_ratio", "resolution"]
 
@@ -269,3 +270,22 @@ def test_the_journal_keeps_results_exactly(tmp_path):
     back = clip_facts.Journal(tmp_path / "j.jsonl", resume=True).results
     assert json.dumps(back) == json.dumps(results)
     assert np.isnan(back["b.png"].fps)
+
+
+def test_metadata_of_other_trainers(folder):
+    """A json list with file_path, text, type and sizes, videos and images mixed: path, measured; the rest is kept."""
+    rows = [
+        {"file_path": "a.mp4", "text": "says hi", "type": "video", "width": 1, "height": 2, "audio_path": "a.wav"},
+        {"file_path": "c.png", "text": "x", "type": "image", "width": 30, "height": 20},
+    ]
+    for content in ({"samples": rows}, rows):
+        (folder / "metadata.json").write_text(json.dumps(content))
+        arguments = ["--output", str(folder / "out.csv"), "--data_root", str(folder), "--num_workers", "0"]
+        assert meta.main(["--input", str(folder / "metadata.json"), *arguments]) == 0
+        out = pd.read_csv(folder / "out.csv", dtype=str, keep_default_na=False)
+        assert list(out.columns) == ["path", "text", "type", "audio_path", *MEASURED]
+        assert out["path"].tolist() == ["a.mp4", "c.png"] and out["audio_path"].tolist() == ["a.wav", ""]
+        assert out["width"].tolist() == ["48", "30"] and out["num_frames"].tolist() == ["6", "1"]
+        assert read_table(folder / "out.csv").num_rows == 2
+    with pytest.raises(ValueError, match=r"no column \['path'\].*run tools/meta.py on it, which names file_path path"):
+        read_table(folder / "metadata.json")

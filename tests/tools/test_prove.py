@@ -13,6 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CHECKS = {
+    "hunyuan_video": {
+        "colour": 0.95,
+        "direction": 0.85,
+        "given a frame: first frame, dB, the worst clip": 30,
+        "given a frame: direction": 0.85,
+        "given a frame: colour": 0.85,
+    },
     "wan": {"colour": 0.95, "direction": 0.85},
     "latents": {
         "colour read off latents of new clips": 0.97,
@@ -43,13 +50,24 @@ def test_two_steps_prove_nothing(mode: str, tmp_path: Path) -> None:
     assert done.stdout.count("nearness") == (3 if mode == "latents" else 0)
 
 
+def test_two_steps_do_not_teach_to_listen(tmp_path: Path) -> None:
+    """Clips with sound, training, samples with and without it: the sound decides nothing yet, and that is told."""
+    done = prove("speech", "--outputs", tmp_path / "proof", "--steps", 2, "--num_clips", 40)
+    assert done.returncode == 1, done.stdout + done.stderr
+    heard, unheard = json.loads((tmp_path / "proof/proof.json").read_text())
+    assert heard["least"] == 0.8 > heard["found"] and unheard["least"] == 0 and math.isfinite(unheard["found"])
+    assert "correlation of size and loudness, heard" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (("i2v", "--demo", "none"), "run make demo first"),
         (("lora", "--num_clips", 50), "does not read ['--num_clips']"),
+        (("distill", "--demo", "none"), "run make demo first"),
         (("wan", "--demo", "none"), "does not read ['--demo']"),
         (("latents", "--num_clips", 39), "must be 40 or more"),
+        (("speech", "--num_sample", 4), "does not read ['--num_sample']"),
     ],
 )
 def test_what_would_be_ignored_or_is_missing_is_an_error(arguments: tuple[object, ...], told: str) -> None:

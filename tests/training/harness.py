@@ -75,10 +75,10 @@ def metrics_of(folder: Path, *names: str) -> list[tuple]:
     return [tuple(row[n] for n in names or ("step", "loss", "grad_norm", "lr", "epoch", "samples")) for row in rows]
 
 
-def torchrun(num_processes: int, *arguments: str, wait: bool = True) -> subprocess.Popen:
-    """Start scripts/diffusion/train.py on the toy config with real processes."""
+def torchrun(num_processes: int, *arguments: str, wait: bool = True, config: Path = CONFIG) -> subprocess.Popen:
+    """Start scripts/diffusion/train.py on the toy config, or on another, with real processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command += [str(ROOT / "scripts/diffusion/train.py"), str(CONFIG), *arguments]
+    command += [str(ROOT / "scripts/diffusion/train.py"), str(config), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -115,16 +115,22 @@ def export(*arguments: object) -> None:
 
 
 def test_exported_and_sampled(base: Path, whole, tmp_path: Path) -> None:
-    """Base and adapters, the merged export, and the adapters exported for peft give one sample; the base another."""
+    """Base and adapters, the merged export, and the adapters exported as peft's and as kohya's give one sample."""
     _, folder = whole
     export(folder, tmp_path / "merged", "--merge_lora", "--ema", "--dtype", "fp32")
     export(folder, tmp_path / "peft", "--ema", "--dtype", "fp32")
     assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["r"] == 2
     merged = sample("--ckpt-path", str(tmp_path / "merged"))
-    for source in (folder, tmp_path / "peft"):
+    export(folder, tmp_path / "kohya", "--ema", "--dtype", "fp32", "--lora_format", "kohya")
+    for source in (folder, tmp_path / "peft", tmp_path / "kohya/lora_kohya.safetensors"):
         two = sample("--ckpt-path", str(base), "--lora-checkpoint", str(source))
         torch.testing.assert_close(two, merged, atol=1e-4, rtol=0)
-    assert (sample("--ckpt-path", str(base)) - merged).abs().max() > 1e-3
+    plain = sample("--ckpt-path", str(base))
+    assert (plain - merged).abs().max() > 1e-3
+    off = sample("--ckpt-path", str(base), "--lora-checkpoint", str(folder), "--lora-scale", "0.0")
+    torch.testing.assert_close(off, plain, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"lora_scale=0.5 is read with lora_checkpoint only"):
+        sample("--ckpt-path", str(base), "--lora-scale", "0.5")
 
 
 def test_another_run_begins_from_adapters(base: Path, whole, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from opensora_like.datasets.batch import Batch, BucketShape
 from opensora_like.registry import SCHEDULERS, build
 from opensora_like.settings import RunConfig
 from opensora_like.training.build import build_encode, build_frozen, build_model
+from opensora_like.training.errors import ErrorOptions
 from opensora_like.training.step import FlowMatchingStep
 from opensora_like.training.trainer import train
 from tests.training.harness import CONFIG, build_toy, train_toy
@@ -45,7 +46,9 @@ def loss_of(skip: bool, task: str, num_frames: int) -> float:
     autoencoder, encoders = build_frozen(config, CPU)
     encode = build_encode(config, CPU, build_model(config), autoencoder, encoders)
     scheduler = build(config.scheduler, SCHEDULERS, where="scheduler", patch_size=1)
-    step = FlowMatchingStep(Zero(), encode, scheduler, seed=0, dtype=torch.float32, no_i2v_ref_loss=skip)
+    step = FlowMatchingStep(
+        Zero(), encode, scheduler, seed=0, dtype=torch.float32, errors=ErrorOptions(skip_given=skip)
+    )
     return step(batch_of(num_frames)).item()
 
 

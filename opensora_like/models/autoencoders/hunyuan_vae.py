@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,7 +27,8 @@ class HunyuanVAE(nn.Module):
     Parameters are frozen when built.
 
     Args:
-        from_pretrained: a safetensors file that holds exactly these weights; None leaves them random.
+        from_pretrained: a safetensors file that holds exactly these weights, or diffusers' folder of it, of a
+            pipeline's folder ``vae/``; None leaves them random.
         latent_channels: of the latents; the encoder puts out twice as many, mean and log variance.
         layers_per_block: residual blocks per level of the encoder; the decoder has one more.
         block_out_channels: widths of the four levels; multiples of `norm_num_groups`.
@@ -98,7 +101,7 @@ class HunyuanVAE(nn.Module):
                 block_out_channels=tuple(block_out_channels),
             )
         self.encoder, self.decoder, self.quant_conv, self.post_quant_conv = networks
-        finish(self, from_pretrained=from_pretrained, dtype=dtype)
+        finish(self, from_pretrained=_find_file(from_pretrained, scale_factor=scale_factor), dtype=dtype)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents of a clip.
@@ -154,6 +157,29 @@ class HunyuanVAE(nn.Module):
 
     def _decode_tile(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
+
+
+def _find_file(source: str | None, *, scale_factor: float) -> str | None:
+    """The file of weights in a folder as diffusers saves it; anything else stays as it is.
+
+    Raises:
+        ValueError: none or several files, or latents that are to be scaled otherwise.
+    """
+    folder = None if source is None else Path(source)
+    if folder is None or not folder.is_dir():
+        return source
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    where = f"autoencoder.from_pretrained={source!r}"
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{where} has {len(files)} safetensors files in {str(folder)!r}; name the one of the weights")
+    config = folder / "config.json"
+    published = json.loads(config.read_text()).get("scaling_factor", scale_factor) if config.is_file() else scale_factor
+    if published != scale_factor:
+        raise ValueError(
+            f"{where} scales latents by {published}, autoencoder.scale_factor={scale_factor}; set it to that"
+        )
+    return str(files[0])
 
 
 def _build_networks(

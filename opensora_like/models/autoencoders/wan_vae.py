@@ -1,4 +1,4 @@
-"""The causal 3D autoencoder of Wan 2.1: 4x8x8 pixels to one cell of 16 channels."""
+"""The causal 3D autoencoders of Wan: 4x8x8 pixels to a cell of 16 channels (2.1), 4x16x16 to one of 48 (2.2)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from opensora_like.models.autoencoders.loading import DTYPES, check_keys
 from opensora_like.models.autoencoders.posterior import draw_latents
 from opensora_like.models.autoencoders.sizes import causal_latent_shape
+from opensora_like.models.autoencoders.wan_vae_versions import (
+    VERSIONS,
+    Version,
+    is_version_2_2,
+    to_diffusers_2_2,
+    version_of,
+)
 from opensora_like.registry import MODELS, nearest
 from opensora_like.rng import generator as make_generator
 
@@ -29,13 +36,16 @@ class WanVAE(nn.Module):
 
     Args:
         from_pretrained: a diffusers folder (of the autoencoder, or of a pipeline with ``vae/`` in it), a name on the
-            hub, or one file of weights (``Wan2.1_VAE.pth`` or safetensors, original or diffusers names).
+            hub, or one file of weights (``Wan2.1_VAE.pth``, ``Wan2.2_VAE.pth`` or safetensors, original or diffusers
+            names).
+        version: "2.1", which the experts of Wan 2.2 use, too, or "2.2", that of TI2V-5B; weights must be of it.
         tiny: instead: sizes of a small autoencoder with fixed random weights, the same in every process; any of
             base_dim, num_res_blocks, seed. ``{}`` takes the defaults. For tests.
         dtype: of the weights, and of the computation; None keeps that of the file, or float32.
         use_slicing: one sample at a time.
         use_tiling: pictures with a side above `tile_size` in tiles, blended where they overlap.
-        tile_size, tile_stride: pixels, multiples of 8; tiles overlap by their difference.
+        tile_size, tile_stride: pixels, multiples of 8 (16); tiles overlap by their difference. The encoder of "2.2"
+            counts pixels that are folded 2x2, so its tiles are twice as wide.
         cache_dir: where hub downloads are kept.
 
     Raises:
@@ -47,7 +57,6 @@ class WanVAE(nn.Module):
     """
 
     temporal_stride = 4
-    spatial_stride = 8
     is_causal = True
     has_deviation = True
 
@@ -55,6 +64,7 @@ class WanVAE(nn.Module):
         self,
         from_pretrained: str | None = None,
         *,
+        version: Version = "2.1",
         tiny: dict[str, int] | None = None,
         dtype: Literal["fp32", "bf16", "fp16"] | None = None,
         use_slicing: bool = False,
@@ -70,14 +80,17 @@ class WanVAE(nn.Module):
                 f"wan_vae: from_pretrained={from_pretrained!r} and tiny={tiny!r}; give exactly one of a folder, hub"
                 " name or file, and the sizes of a tiny random autoencoder"
             )
-        _check_tiles(tile_size, tile_stride)
+        if version not in VERSIONS:
+            raise ValueError(f"wan_vae: version={version!r} is not one of {sorted(VERSIONS)}")
+        self.spatial_stride: int = VERSIONS[version].get("scale_factor_spatial", 8)
+        _check_tiles(tile_size, tile_stride, self.spatial_stride)
         target = None if dtype is None else DTYPES[dtype]
         if tiny is not None:
-            self.model = _build_tiny(tiny)
+            self.model = _build_tiny(tiny, version)
         else:
-            self.model = _build_published() if on_meta else _load(from_pretrained, target, cache_dir=cache_dir)
+            self.model = _build_published(version) if on_meta else _load(from_pretrained, target, cache_dir=cache_dir)
         self.model.to(target).requires_grad_(False).eval()
-        _check_published(self.model.config, where=f"wan_vae: from_pretrained={from_pretrained!r}")
+        _check_published(self.model.config, version, where=f"wan_vae: from_pretrained={from_pretrained!r}")
         self.latent_channels = int(self.model.config.z_dim)
         shape = (1, -1, 1, 1, 1)
         # plain tensors: a cast of the module to bfloat16 would round buffers
@@ -96,7 +109,8 @@ class WanVAE(nn.Module):
         """(C, T, H, W) of the latents of a clip.
 
         Raises:
-            ValueError: `num_frames` is not 4k+1 (the last frames would be lost), or a side is no multiple of 8.
+            ValueError: `num_frames` is not 4k+1 (the last frames would be lost), or a side is no multiple of
+                `spatial_stride`.
         """
         return causal_latent_shape(self, num_frames, height, width, where="wan_vae")
 
@@ -108,7 +122,7 @@ class WanVAE(nn.Module):
             generator: samples the posterior, one draw for the whole batch; without it the mean is taken, as the
                 published models were trained.
 
-        Returns: float32 [B, C, (T-1)/4+1, H/8, W/8].
+        Returns: float32 [B, C, (T-1)/4+1, H/8, W/8], of "2.2" with 16 in the place of 8.
 
         Raises:
             ValueError: a size that cannot be coded, see `latent_shape`.
@@ -134,28 +148,24 @@ class WanVAE(nn.Module):
         return (mean.float() - self._mean.to(mean.device)) / norm, torch.exp(0.5 * log_variance.float()) / norm
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
-        """Pixels [B, 3, (T-1)*4+1, H*8, W*8], clipped to [-1, 1] by diffusers, in the dtype of the weights."""
+        """Pixels [B, 3, (T-1)*4+1, H*8, W*8] (of "2.2": 16), clipped to [-1, 1], in the dtype of the weights."""
         z = z_BCTHW.float() * self._std.to(z_BCTHW.device) + self._mean.to(z_BCTHW.device)
         return self.model.decode(z.to(self.model.dtype)).sample
 
 
-def _check_tiles(tile_size: int, tile_stride: int) -> None:
-    if tile_size < 1 or tile_size % 8 or tile_stride % 8 or not 0 < tile_stride <= tile_size:
+def _check_tiles(tile_size: int, tile_stride: int, multiple: int) -> None:
+    if tile_size < 1 or tile_size % multiple or tile_stride % multiple or not 0 < tile_stride <= tile_size:
         raise ValueError(
-            f"wan_vae: tile_size={tile_size} and tile_stride={tile_stride} must be multiples of 8 with"
+            f"wan_vae: tile_size={tile_size} and tile_stride={tile_stride} must be multiples of {multiple} with"
             " 0 < tile_stride <= tile_size"
         )
 
 
-def _check_published(config: Mapping, *, where: str) -> None:
-    """Refuse what diffusers can build but this class does not describe (Wan 2.2's 4x16x16 autoencoder)."""
-    found = {
-        "scale_factor_temporal": config.scale_factor_temporal,
-        "scale_factor_spatial": config.scale_factor_spatial,
-        "patch_size": config.patch_size,
-    }
-    if found != {"scale_factor_temporal": 4, "scale_factor_spatial": 8, "patch_size": None}:
-        raise ValueError(f"{where} has {found}; only the 4x8x8 autoencoder of Wan 2.1 is served")
+def _check_published(config: Mapping, version: Version, *, where: str) -> None:
+    """Refuse another autoencoder than `version`."""
+    if (found := version_of(config)) != version:
+        described = f"version={found!r}" if found else "no published version: another patch size or stride"
+        raise ValueError(f"{where} is of {described}, and version={version!r}; set autoencoder.version to fit")
     counts = {len(config.latents_mean), len(config.latents_std), config.z_dim}
     if len(counts) != 1:
         raise ValueError(f"{where} has {config.z_dim} channels, but latents_mean and latents_std of other lengths")
@@ -191,12 +201,17 @@ def _load_file(path: Path, *, where: str) -> nn.Module:
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     weights = _read_file(path, where)
+    settings = VERSIONS["2.2" if is_version_2_2(weights) else "2.1"]
     if "encoder.conv1.weight" in weights:
-        weights = convert_wan_vae_to_diffusers(weights)
+        rename = to_diffusers_2_2 if is_version_2_2(weights) else convert_wan_vae_to_diffusers
+        weights = rename(weights)
     if "encoder.conv_in.weight" not in weights:
         raise ValueError(f"{where} holds no Wan autoencoder; its first tensors are {sorted(weights)[:4]}")
+    widths = {"base_dim": len(weights["encoder.conv_in.weight"])}
+    if "decoder.norm_out.gamma" in weights:
+        widths["decoder_base_dim"] = len(weights["decoder.norm_out.gamma"])
     with torch.device("meta"):
-        model = AutoencoderKLWan(base_dim=len(weights["encoder.conv_in.weight"]))
+        model = AutoencoderKLWan(**{**settings, **widths})
     check_keys(model, weights, where=where)
     model.load_state_dict(weights, assign=True)
     return model
@@ -217,13 +232,13 @@ def _read_file(path: Path, where: str) -> dict[str, Tensor]:
     return weights.get("state_dict", weights)
 
 
-def _build_published() -> nn.Module:
+def _build_published(version: Version) -> nn.Module:
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan()
+    return AutoencoderKLWan(**VERSIONS[version])
 
 
-def _build_tiny(tiny: Mapping[str, int]) -> nn.Module:
+def _build_tiny(tiny: Mapping[str, int], version: Version) -> nn.Module:
     """A small autoencoder whose weights are a function of (seed, name)."""
     from diffusers import AutoencoderKLWan
 
@@ -231,8 +246,9 @@ def _build_tiny(tiny: Mapping[str, int]) -> nn.Module:
         if key not in TINY:
             raise ValueError(f"wan_vae: tiny has no {key!r}; {nearest(key, TINY)}")
     sizes = {**TINY, **tiny}
+    widths = {"base_dim": sizes["base_dim"], "num_res_blocks": sizes["num_res_blocks"], "decoder_base_dim": None}
     with torch.random.fork_rng(devices=[]):  # torch draws weights of its own first
-        model = AutoencoderKLWan(base_dim=sizes["base_dim"], num_res_blocks=sizes["num_res_blocks"])
+        model = AutoencoderKLWan(**{**VERSIONS[version], **widths})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             draw = make_generator(sizes["seed"], f"tiny wan_vae {name}")

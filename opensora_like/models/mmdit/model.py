@@ -16,6 +16,7 @@ from opensora_like.models.layers import MLPEmbedder, Rope, SequenceCut, build_ro
 from opensora_like.models.mmdit.adapt import adapt
 from opensora_like.models.mmdit.blocks import DoubleBlock, FinalLayer, SingleBlock
 from opensora_like.models.mmdit.tokens import patchify, position_ids, unpatchify
+from opensora_like.models.recomputation import recomputed_counts
 from opensora_like.registry import MODELS
 
 TIME_DIM = 256
@@ -195,16 +196,7 @@ class MMDiT(nn.Module):
             ValueError: not two counts of at least 0.
         """
         every = (len(self.double_blocks), len(self.single_blocks))
-        if settings is None or isinstance(settings, bool):
-            self._num_recomputed = every if settings else (0, 0)
-            return
-        counts = tuple(settings)
-        if len(counts) != 2 or any(not isinstance(n, int) or n < 0 for n in counts):
-            raise ValueError(
-                f"model.grad_ckpt_settings={settings!r} must be two counts >= 0 (two-stream, one-stream blocks),"
-                " True or False"
-            )
-        self._num_recomputed = counts
+        self._num_recomputed = recomputed_counts(settings, every, where="model.grad_ckpt_settings")
 
     def adapt_weights(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Published weights in the layout of this model's options; see `adapt.adapt`."""

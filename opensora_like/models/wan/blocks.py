@@ -71,13 +71,22 @@ class CrossAttention:
     def __call__(
         self, attn: nn.Module, x_BLD: Tensor, context: Context, attention_mask: None, rotary_emb: None
     ) -> Tensor:
-        q_BNLD = split_heads(attn.norm_q(attn.to_q(x_BLD)), attn.heads)
-        text = attn.norm_k(attn.to_k(context.text_BLD)), attn.to_v(context.text_BLD)
-        out_BLD = attn.attention(q_BNLD, *(split_heads(part, attn.heads) for part in text))
-        if context.image_BLD is not None:
-            image = attn.norm_added_k(attn.add_k_proj(context.image_BLD)), attn.add_v_proj(context.image_BLD)
-            out_BLD = out_BLD + attn.attention(q_BNLD, *(split_heads(part, attn.heads) for part in image))
-        return project_out(attn, out_BLD)
+        return project_out(attn, attend_to_context(attn, cross_queries(attn, x_BLD), context))
+
+
+def cross_queries(attn: nn.Module, x_BLD: Tensor) -> Tensor:
+    """Of a cross-attention; one set for all that it looks at. Returns: [B, N, L, D]."""
+    return split_heads(attn.norm_q(attn.to_q(x_BLD)), attn.heads)
+
+
+def attend_to_context(attn: nn.Module, q_BNLD: Tensor, context: Context) -> Tensor:
+    """What text and image add up to, before the output linear. Returns: [B, L, N * D]."""
+    text = attn.norm_k(attn.to_k(context.text_BLD)), attn.to_v(context.text_BLD)
+    out_BLD = attn.attention(q_BNLD, *(split_heads(part, attn.heads) for part in text))
+    if context.image_BLD is not None:
+        image = attn.norm_added_k(attn.add_k_proj(context.image_BLD)), attn.add_v_proj(context.image_BLD)
+        out_BLD = out_BLD + attn.attention(q_BNLD, *(split_heads(part, attn.heads) for part in image))
+    return out_BLD
 
 
 def split_heads(x_BLC: Tensor, num_heads: int) -> Tensor:

@@ -10,15 +10,24 @@ from typing import Any, Literal
 
 from opensora_like.registry import fit
 
-Variant = Literal["t2v-1.3B", "t2v-14B", "i2v-14B", "t2v-A14B", "i2v-A14B"]
+Variant = Literal["t2v-1.3B", "t2v-14B", "i2v-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B"]
 
 _14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")  # of the original code
 VARIANTS: dict[str, dict[str, Any]] = {
     "t2v-1.3B": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
     "t2v-14B": _14B,
     "i2v-14B": {**_14B, "in_channels": 36, "image_dim": 1280},
     "t2v-A14B": _14B,  # Wan 2.2: each of its two experts
     "i2v-A14B": {**_14B, "in_channels": 36},
+    "ti2v-5B": {
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+        "in_channels": 48,
+        "out_channels": 48,
+    },
 }
 
 
@@ -115,7 +124,7 @@ def read_config(path: str) -> dict[str, Any]:
     if config.get("_class_name", "WanTransformer3DModel") not in ("WanTransformer3DModel", "WanModel"):
         raise ValueError(f"{where} is of a {config['_class_name']!r}, not of a Wan transformer")
     if "dim" in config:
-        config = _from_original(config, where)
+        config = _from_original(config, where, shows_image=_shows_image(file.parent))
     only = {"qk_norm": ("rms_norm_across_heads",), "pos_embed_seq_len": (None,)}
     for name, allowed in only.items():
         if name in config and config[name] not in allowed:
@@ -134,7 +143,23 @@ def _find_config(path: str) -> Path:
     raise FileNotFoundError(f"model.config={path!r}: there is no {' and no '.join(str(c) for c in candidates)}")
 
 
-def _from_original(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _shows_image(folder: Path) -> bool:
+    """Whether an original i2v model is shown CLIP's tokens, which Wan 2.1 is and an expert of Wan 2.2 is not.
+
+    Their configs are the same; the weights differ, and where there are none, the names of the experts' folders tell.
+    """
+    names: set[str] = set()
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        names |= json.loads(index.read_text())["weight_map"].keys()
+    for file in sorted(folder.glob("*.safetensors")) if not names else ():
+        with file.open("rb") as data:  # 8 bytes of length, then a table of the tensors
+            names |= json.loads(data.read(int.from_bytes(data.read(8), "little"))).keys()
+    if names:
+        return any("img_emb." in name for name in names)
+    return folder.name not in EXPERT_FOLDERS
+
+
+def _from_original(config: Mapping[str, Any], where: str, *, shows_image: bool) -> dict[str, Any]:
     """diffusers' names for the settings of the original code."""
     renamed = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
     out = {renamed.get(name, name): value for name, value in config.items()}
@@ -142,6 +167,6 @@ def _from_original(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if heads < 1 or config["dim"] % heads:
         raise ValueError(f"{where}: dim={config['dim']} does not divide by num_heads={heads}")
     out["attention_head_dim"] = config["dim"] // heads
-    if config.get("model_type") == "i2v" and "image_dim" not in out:
+    if config.get("model_type") == "i2v" and "image_dim" not in out and shows_image:
         out["image_dim"] = 1280  # CLIP ViT-H/14; fixed in the original code
     return out

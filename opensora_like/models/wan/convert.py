@@ -59,7 +59,7 @@ def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: two tensors would get one name.
     """
-    weights = _without_prefix(weights)
+    weights = without_prefix(weights)
     if not is_original(weights):
         return {name: tensor for name, tensor in weights.items() if not UNUSED.fullmatch(name)}
     return _rename_all(weights, to_diffusers_name)
@@ -96,7 +96,8 @@ def _rename_all(weights: Mapping[str, Tensor], rename) -> dict[str, Tensor]:
     return out
 
 
-def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what other programs put before every name; see `PREFIXES`."""
     for prefix in PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):
             return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}

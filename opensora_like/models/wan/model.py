@@ -6,7 +6,8 @@ Letters of the shape suffixes: B batch, C channels, T time, H W space, L tokens,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from opensora_like.models.wan.config import Variant, WanSizes, resolve_sizes
 from opensora_like.registry import MODELS
 
 THETA = 10000.0
+QK_NORM = "rms_norm_across_heads"  # diffusers' word for the norm of queries and keys
 TIMESTEPS = 1000.0  # what t = 1 is to the time embedding
 
 
@@ -40,7 +42,7 @@ class Wan(nn.Module):
 
     Args:
         variant: sizes of a published model: "t2v-1.3B", "t2v-14B", "i2v-14B" of Wan 2.1, "t2v-A14B" and "i2v-A14B"
-            of the experts of Wan 2.2.
+            of the experts of Wan 2.2, "ti2v-5B" of its small model.
         config: instead: the ``config.json`` of diffusers or of the original code, or its folder.
         num_attention_heads, attention_head_dim, ffn_dim, num_layers, in_channels, out_channels, text_dim, freq_dim,
             image_dim, cross_attn_norm: in place of those sizes; without them the first four are needed.
@@ -49,6 +51,8 @@ class Wan(nn.Module):
         ungiven: what the condition "visual" is meant to hold where no frame is given: "grey" (also None), the latents
             of a grey clip and Wan's own mask (`conditioning.wan_i2v`), which published i2v weights need, or "zero",
             as other models of this program have it. `forward` does not depend on it.
+        token_replace: given latents of the condition "visual" stand in the place of the noisy ones, and their tokens
+            are told t = 0 (TI2V-5B of Wan 2.2); for a model whose `in_channels` are those of the latents.
         grad_checkpoint: see `set_grad_checkpoint`.
         from_pretrained, cache_dir, strict_load: where weights come from. Kept as attributes for the program
             that loads them; nothing is read here.
@@ -77,6 +81,7 @@ class Wan(nn.Module):
         cross_attn_norm: bool | None = None,
         text_length: int | None = 512,
         ungiven: Literal["grey", "zero"] | None = None,
+        token_replace: bool = False,
         grad_checkpoint: int | bool = False,
         from_pretrained: str | None = None,
         cache_dir: str | None = None,
@@ -96,14 +101,14 @@ class Wan(nn.Module):
             "cross_attn_norm": cross_attn_norm,
         }
         self.sizes = sizes = resolve_sizes(variant, config, given)
-        if text_length is not None and text_length < 1:
-            raise ValueError(f"model.text_length={text_length} must be 1 or more, or None for any")
-        self.text_length = text_length
+        self.text_length = _check_text_length(text_length)
         self.latent_channels, self.patch_size = sizes.out_channels, sizes.patch_size[1]
         self.from_pretrained, self.cache_dir, self.strict_load = from_pretrained, cache_dir, strict_load
         self.num_visual_channels = sizes.in_channels - sizes.out_channels
-        self.ungiven = _check_ungiven(ungiven, self.num_visual_channels)
-        names = {"text": True, "visual": self.num_visual_channels > 0, "image_embeds": sizes.image_dim is not None}
+        self.token_replace = _check_token_replace(token_replace, self.num_visual_channels)
+        self.ungiven = "zero" if token_replace else _check_ungiven(ungiven, self.num_visual_channels)
+        takes_visual = token_replace or self.num_visual_channels > 0
+        names = {"text": True, "visual": takes_visual, "image_embeds": sizes.image_dim is not None}
         self.condition_names = frozenset(name for name, taken in names.items() if taken)
         self.sequence_cut: SequenceCut | None = None  # set by sequence parallelism
 
@@ -125,7 +130,8 @@ class Wan(nn.Module):
         Args:
             t_B: [B] in [0, 1], 1 is noise; float32, and kept so up to the modulation.
             conditions: "text" [B, L, text_dim], zero beyond each caption's end; in i2v "visual" [B, 1 + C, T, H, W]
-                or [B, in_channels - C, T, H, W], mask first, and with `image_dim` "image_embeds" [B, N, image_dim].
+                or [B, in_channels - C, T, H, W], mask first, and with `image_dim` "image_embeds" [B, N, image_dim];
+                with `token_replace` "visual" [B, 1 + C, T, H, W].
 
         Returns: [B, C, T, H, W] in the dtype of the weights (under autocast, of its linears).
 
@@ -134,18 +140,25 @@ class Wan(nn.Module):
         """
         self._check_inputs(x_BCTHW, conditions)
         dtype = self.patch_embedding.weight.dtype
-        if self.num_visual_channels:
+        if self.token_replace:
+            x_BCTHW, t_B = _replace_given(x_BCTHW, t_B, conditions["visual"])
+        elif self.num_visual_channels:
             x_BCTHW = torch.cat([x_BCTHW.to(dtype), self._visual(conditions["visual"]).to(dtype)], dim=1)
         num_frames, height, width = x_BCTHW.shape[2:]
         img_BLD = self.patch_embedding(x_BCTHW.to(dtype)).flatten(2).transpose(1, 2).contiguous()
         temb_BD, modulation_B6D = self._embed_time(t_B)
-        context = self._embed_context(conditions)
 
         p = self.patch_size
         ids_LA = position_ids(num_frames, height // p, width // p, device=x_BCTHW.device)
         rope = build_rope(ids_LA, self.sizes.axes_dim, theta=THETA, interleaved=True)
         if self.sequence_cut is not None:
-            _, img_BLD, rope = self.sequence_cut.cut(img_BLD[:, :0], img_BLD, rope)  # text is no part of the sequence
+            no_text, ids_1LA = img_BLD[:, :0], ids_LA[None]
+            ids_LA = self.sequence_cut.cut(no_text, ids_1LA, rope)[1][0]
+            _, img_BLD, rope = self.sequence_cut.cut(no_text, img_BLD, rope)  # text is no part of the sequence
+        if self.token_replace:  # from frames to this rank's tokens
+            frame_L = ids_LA[:, 0].long()
+            temb_BD, modulation_B6D = temb_BD[:, frame_L], modulation_B6D[:, frame_L]
+        context = self._embed_context(conditions, ids_LA, num_frames)
         img_BLD = self._run_blocks(img_BLD, context, modulation_B6D, rope)
         out_BLC = self._project_out(img_BLD, temb_BD)
         if self.sequence_cut is not None:
@@ -161,12 +174,19 @@ class Wan(nn.Module):
         return torch.cat([mask.expand(-1, num_masks, -1, -1, -1), latents], dim=1)
 
     def _embed_time(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns: [B, D] for the output layer and [B, 6, D] for the blocks, both float32."""
+        """Returns: [B, D] for the output layer and [B, 6, D] for the blocks, both float32; of t [B, T], [B, T, ...]."""
         embedder = self.condition_embedder
-        temb_BD = embedder.time_embedder(time_embedding(t_B, self.sizes.freq_dim, factor=TIMESTEPS))
-        return temb_BD, embedder.time_proj(embedder.act_fn(temb_BD)).unflatten(1, (6, -1))
+        waves = time_embedding(t_B.flatten(), self.sizes.freq_dim, factor=TIMESTEPS)
+        temb_BD = embedder.time_embedder(waves).unflatten(0, t_B.shape)
+        return temb_BD, embedder.time_proj(embedder.act_fn(temb_BD)).unflatten(-1, (6, -1))
 
-    def _embed_context(self, conditions: Mapping[str, Tensor]) -> Context:
+    def _embed_context(self, conditions: Mapping[str, Tensor], ids_LA: Tensor, num_frames: int) -> Context:
+        """What the cross-attention sees.
+
+        Args:
+            ids_LA: latent frame, row and column of this rank's tokens; text and image are the same for all of them.
+            num_frames: latent frames of the whole video.
+        """
         embedder, dtype = self.condition_embedder, self.patch_embedding.weight.dtype
         text_BLD = conditions["text"].to(dtype)
         if self.text_length is not None:
@@ -186,7 +206,8 @@ class Wan(nn.Module):
         return img_BLD
 
     def _project_out(self, img_BLD: Tensor, temb_BD: Tensor) -> Tensor:
-        shift, scale = (self.scale_shift_table.float() + temb_BD[:, None]).chunk(2, dim=1)
+        temb_BLD = temb_BD if temb_BD.ndim == 3 else temb_BD[:, None]
+        shift, scale = (self.scale_shift_table.float() + temb_BLD[:, :, None]).unbind(2)
         return self.proj_out((self.norm_out(img_BLD.float()) * (1 + scale) + shift).to(img_BLD.dtype))
 
     def set_grad_checkpoint(self, settings: Sequence[int] | int | bool | None) -> None:
@@ -235,6 +256,16 @@ class Wan(nn.Module):
         own = convert.to_diffusers(weights)
         return own, [] if own.keys() == weights.keys() else [f"{len(weights)} tensors renamed as diffusers names them"]
 
+    def diffusers_config(self) -> dict[str, Any] | None:
+        """What diffusers reads beside exported weights, whose names are its own; None for a model that adds to them."""
+        if type(self) is not Wan:
+            return None
+        return {"_class_name": "WanTransformer3DModel", "qk_norm": QK_NORM, **_published_arguments(self.sizes)}
+
+    def other_name(self, module: str) -> str:
+        """The name of a module in the layout of the original code, which files of adapters are written in."""
+        return convert.to_original_name(module)
+
     def _check_inputs(self, x_BCTHW: Tensor, conditions: Mapping[str, Tensor]) -> None:
         missing, unknown = self.condition_names - conditions.keys(), conditions.keys() - self.condition_names
         if missing or unknown:
@@ -255,11 +286,11 @@ class Wan(nn.Module):
                 f"wan condition 'text' has shape {tuple(text.shape)}, [B, L <= {most}, {self.sizes.text_dim}] is"
                 " needed; L is model.text_length at most"
             )
-        if self.num_visual_channels:
+        if "visual" in self.condition_names:
             self._check_visual(x_BCTHW, conditions["visual"])
 
     def _check_visual(self, x_BCTHW: Tensor, visual_BCTHW: Tensor) -> None:
-        counts = (1 + self.latent_channels, self.num_visual_channels)
+        counts = (1 + self.latent_channels, self.num_visual_channels or 1 + self.latent_channels)
         found = tuple(visual_BCTHW.shape)
         if not any(found == (len(x_BCTHW), count, *x_BCTHW.shape[2:]) for count in counts):
             raise ValueError(
@@ -274,24 +305,37 @@ def _check_ungiven(ungiven: str | None, num_visual_channels: int) -> str:
     return ungiven or "grey"
 
 
+def _check_text_length(text_length: int | None) -> int | None:
+    if text_length is not None and text_length < 1:
+        raise ValueError(f"model.text_length={text_length} must be 1 or more, or None for any")
+    return text_length
+
+
+def _check_token_replace(token_replace: bool, num_visual_channels: int) -> bool:
+    if token_replace and num_visual_channels:
+        raise ValueError(
+            f"model.token_replace=True is for models without channels for given frames, and this one has "
+            f"{num_visual_channels}; remove it"
+        )
+    return token_replace
+
+
+def _replace_given(x_BCTHW: Tensor, t_B: Tensor, visual_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Given latents in the place of noisy ones. Returns: these, and t [B, T], 0 where a frame is given."""
+    is_given = visual_BCTHW[:, :1] > 0.5
+    x_BCTHW = torch.where(is_given, visual_BCTHW[:, 1:].to(x_BCTHW.dtype), x_BCTHW)
+    return x_BCTHW, torch.where(is_given[:, 0, :, 0, 0], 0.0, t_B[:, None])
+
+
 def _build_published(sizes: WanSizes) -> nn.Module:
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel(
-        patch_size=sizes.patch_size,
-        num_attention_heads=sizes.num_attention_heads,
-        attention_head_dim=sizes.attention_head_dim,
-        in_channels=sizes.in_channels,
-        out_channels=sizes.out_channels,
-        text_dim=sizes.text_dim,
-        freq_dim=sizes.freq_dim,
-        ffn_dim=sizes.ffn_dim,
-        num_layers=sizes.num_layers,
-        cross_attn_norm=sizes.cross_attn_norm,
-        eps=sizes.eps,
-        image_dim=sizes.image_dim,
-        added_kv_proj_dim=None if sizes.image_dim is None else sizes.dim,
-    )
+    return WanTransformer3DModel(**_published_arguments(sizes))
+
+
+def _published_arguments(sizes: WanSizes) -> dict[str, Any]:
+    """Of diffusers' ``WanTransformer3DModel``."""
+    return asdict(sizes) | {"added_kv_proj_dim": None if sizes.image_dim is None else sizes.dim}
 
 
 def _unpatchify(x_BLC: Tensor, p: int, *, num_frames: int, height: int, width: int) -> Tensor:
