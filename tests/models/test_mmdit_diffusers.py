@@ -8,7 +8,7 @@ from opensora_like.models.mmdit import MMDiT
 from opensora_like.models.mmdit.adapt import adapt
 from opensora_like.models.mmdit.convert import split_qkv, to_interleaved_rope, to_liger_rope
 from opensora_like.models.mmdit.diffusers_layout import from_diffusers, to_diffusers
-from opensora_like.models.mmdit.tokens import patchify, position_ids, unpatchify
+from opensora_like.models.tokens import patchify, position_ids, unpatchify
 from tests.stand_ins import WIDTH, build_flux
 
 

@@ -18,8 +18,8 @@ from opensora_like.models.hunyuan_video import convert
 from opensora_like.models.hunyuan_video.blocks import refit_block
 from opensora_like.models.hunyuan_video.config import HunyuanSizes, Variant, resolve_sizes
 from opensora_like.models.layers import Rope, build_rope
-from opensora_like.models.mmdit.tokens import position_ids
 from opensora_like.models.recomputation import recomputed_counts
+from opensora_like.models.tokens import position_ids, unpatchify
 from opensora_like.registry import MODELS
 
 TIMESTEPS = 1000.0  # what t = 1 and a guidance of 1 are to their embeddings
@@ -173,7 +173,7 @@ class HunyuanVideo(nn.Module):
         )
         img_BLD = self._run_blocks(img_BLD, txt_BLD, tokens)
         out_BLC = self.proj_out(self.norm_out(img_BLD, temb_BD))
-        return _unpatchify(out_BLC, p, num_frames=num_frames, height=height, width=width)
+        return unpatchify(out_BLC, p, num_frames=num_frames, height=height, width=width)
 
     def _text(self, conditions: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Text without what is padding in all samples, and which rows are none, [B, L]; None where all are."""
@@ -324,9 +324,3 @@ def _joint_mask(keys_BL: Tensor, *, num_image: int) -> Tensor:
     """Which of all keys are attended to: latents, then text. Returns: bool [B, 1, 1, L]."""
     image = keys_BL.new_ones(len(keys_BL), num_image)
     return torch.cat([image, keys_BL], dim=1)[:, None, None]
-
-
-def _unpatchify(x_BLC: Tensor, p: int, *, num_frames: int, height: int, width: int) -> Tensor:
-    """Tokens to latents: "b (t h w) (c p q) -> b c t (h p) (w q)"."""
-    x = x_BLC.unflatten(2, (-1, p, p)).unflatten(1, (num_frames, height // p, width // p))
-    return x.permute(0, 4, 1, 2, 5, 3, 6).reshape(len(x_BLC), -1, num_frames, height, width)

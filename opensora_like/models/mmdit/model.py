@@ -15,8 +15,8 @@ from opensora_like.models.base import ParallelPlan
 from opensora_like.models.layers import MLPEmbedder, Rope, SequenceCut, build_rope, time_embedding
 from opensora_like.models.mmdit.adapt import adapt
 from opensora_like.models.mmdit.blocks import DoubleBlock, FinalLayer, SingleBlock
-from opensora_like.models.mmdit.tokens import patchify, position_ids, unpatchify
 from opensora_like.models.recomputation import recomputed_counts
+from opensora_like.models.tokens import patchify, position_ids, unpatchify
 from opensora_like.registry import MODELS
 
 TIME_DIM = 256

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_like.models.base import ParallelPlan
 from opensora_like.models.layers import Rope, SequenceCut, build_rope, time_embedding
-from opensora_like.models.mmdit.tokens import position_ids
+from opensora_like.models.tokens import position_ids
 from opensora_like.models.wan import convert
 from opensora_like.models.wan.blocks import Context, refit_block, refit_embedder
 from opensora_like.models.wan.config import Variant, WanSizes, resolve_sizes

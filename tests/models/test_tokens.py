@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora_like.models.mmdit import patchify, position_ids, unpatchify
+from opensora_like.models.tokens import patchify, position_ids, unpatchify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
