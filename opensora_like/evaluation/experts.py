@@ -29,7 +29,7 @@ class ExpertSettings:
     Args:
         noise: which part of the times it makes.
         boundary: the time at which it changes, in (0, 1); the high-noise expert makes the step at the boundary itself.
-        from_pretrained, ckpt_path: its weights, as `model.from_pretrained` and `ckpt_path`; one of them.
+        from_pretrained, ckpt_path: its weights, as `model.from_pretrained` and, over it, `ckpt_path` of the config.
         use_ema, lora_checkpoint, lora_scale: as those of the config, for this expert.
         guidance: its text guidance scale; None takes that of the config.
     """
