@@ -158,7 +158,8 @@ def _hint_of(path: KeyPath, settings: Mapping, schema: type) -> Any:
     if path[depth] == "type":
         return str
     if path[depth] not in known:
-        where, near = ".".join(map(str, path[:depth])), nearest(str(path[depth]), {*known, "type"})
+        named = known if top in PLAIN_SECTIONS else {*known, "type"}
+        where, near = ".".join(map(str, path[:depth])), nearest(str(path[depth]), named)
         raise ValueError(f"--{where}.{path[depth]}: no such argument of it; {near}")
     return hints_of(cls).get(path[depth], Any)
 
