@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.programs import found_by
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What `pair_cases` found, with real processes."""
     pytest.importorskip("colossalai", reason="pip install -r requirements/colossalai.txt")
-    folder = tmp_path_factory.mktemp("pair")
-    command = [sys.executable, str(ROOT / "tests/distributed/pair_cases.py"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "facts.json").read_text())
+    return found_by("pair_cases", tmp_path_factory.mktemp("pair"))
 
 
 def test_backends_and_worlds_agree(facts: dict) -> None:

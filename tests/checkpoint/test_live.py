@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from threading import Event
 
@@ -19,8 +16,8 @@ from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.memory import LiveBytes
 from opensora_like.checkpoint.pieces import Piece, PieceReader
 from tests.checkpoint.one_process import make_manager
+from tests.distributed.programs import found_by
 
-ROOT = Path(__file__).parents[2]
 HARMLESS = {"prepare", "param_groups", "micro_batch", "backward", "ranges", "gather"}
 WIDTH = 3000  # a weight of several chunks
 
@@ -147,12 +144,7 @@ def test_what_cannot_stay_is_copied_at_once_into_memory_that_is_kept() -> None:
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What `live_save_cases` found, with two processes."""
     pytest.importorskip("colossalai", reason="pip install -r requirements/colossalai.txt")
-    folder = tmp_path_factory.mktemp("live")
-    command = [sys.executable, str(ROOT / "tests/distributed/live_save_cases.py"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "facts2.json").read_text())
+    return found_by("live_save_cases", tmp_path_factory.mktemp("live"), file="facts2.json")
 
 
 def test_an_update_before_the_write_ends_is_not_in_the_checkpoint(facts: dict) -> None:
