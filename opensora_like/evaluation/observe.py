@@ -18,7 +18,7 @@ from opensora_like.datasets.held_out import MeasuredLosses
 from opensora_like.evaluation.cached_text import KnownTexts
 from opensora_like.evaluation.generate import Frozen, Loaded, VideoGenerator
 from opensora_like.evaluation.paired_loss import Interval, LossSummary, summarize, summarize_pairs
-from opensora_like.evaluation.prompts import Prompt, caption_of, jobs_of, read_prompts
+from opensora_like.evaluation.prompts import Prompt, caption_of, jobs_of, read_prompts, split_references
 from opensora_like.evaluation.report import write_report
 from opensora_like.evaluation.sampling import write_sampled
 from opensora_like.evaluation.speech import with_sound
@@ -234,7 +234,10 @@ def read_sampling(cfg: RunConfig) -> tuple[InferenceConfig, list[Prompt]]:
     if isinstance(texts, str):
         prompts = read_prompts(sampling)
     else:
+        if unread := [name for name in ("prompt", "start_index", "end_index") if name in section]:
+            raise ValueError(f"sampling.{unread[0]} is not read with a list in sampling.prompts; remove it")
         given = {"negative": sampling.negative_prompt, "audio": sampling.audio}
+        given["refs"] = split_references(sampling.ref)
         prompts = [
             Prompt(number, text, f"prompt_{number:04d}", occurrence=texts[:number].count(text), **given)
             for number, text in enumerate(texts)

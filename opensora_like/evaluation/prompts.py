@@ -73,7 +73,7 @@ def read_prompts(cfg: InferenceConfig) -> list[Prompt]:
                 f"start_index={cfg.start_index}, end_index={cfg.end_index} count rows of --prompts, and --prompt is "
                 "given; leave them out"
             )
-        return [Prompt(0, cfg.prompt, "prompt_0000", cfg.negative_prompt, _split(cfg.ref), audio=cfg.audio)]
+        return [Prompt(0, cfg.prompt, "prompt_0000", cfg.negative_prompt, split_references(cfg.ref), audio=cfg.audio)]
     if cfg.ref is not None:
         raise ValueError(f"ref={cfg.ref!r} belongs to --prompt; with --prompts write references in the column 'ref'")
     if cfg.audio is not None:
@@ -114,13 +114,14 @@ def _read_csv(path: Path, cfg: InferenceConfig) -> list[Prompt]:
         name = row.get("name") or f"{path.stem}_{number:04d}"
         negative = row.get("neg") or cfg.negative_prompt
         spoken = row.get("audio") or None
-        prompts.append(Prompt(number, text, name, negative, _split(row.get("ref")), seen[text], audio=spoken))
+        prompts.append(Prompt(number, text, name, negative, split_references(row.get("ref")), seen[text], audio=spoken))
         seen[text] += 1
     _check_names(prompts, cfg)
     return prompts
 
 
-def _split(refs: str | None) -> tuple[str, ...]:
+def split_references(refs: str | None) -> tuple[str, ...]:
+    """The files or addresses of a field `ref`, which are joined by ';'."""
     return tuple(ref.strip() for ref in refs.split(";") if ref.strip()) if refs else ()
 
 

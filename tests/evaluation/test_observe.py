@@ -145,6 +145,7 @@ def test_validation_may_be_turned_on_later(tmp_path: Path) -> None:
         ("{}", "sampling.prompts is missing"),
         ("{'prompts': ['a'], 'heigth': 16}", "sampling.heigth.*height"),
         ("{'prompts': ['a'], 'model': {}}", "sampling.model is decided by the run"),
+        ("{'prompts': ['a'], 'end_index': 1}", "sampling.end_index is not read with a list"),
         ("{'prompts': ['a'], 'height': 15, 'width': 16}", "height=15 must be a multiple"),
         ("{'prompts': 'gone.csv', 'height': 16, 'width': 16}", "gone.csv"),
     ],
@@ -162,6 +163,13 @@ def test_prompts_of_a_csv(tmp_path: Path) -> None:
     sampling, (prompt,) = read_sampling(config)
     assert (prompt.text, prompt.name, prompt.negative, sampling.guidance) == ("a cat", "cat", "dogs", 3.0)
     assert sampling.model == config.model and sampling.dtype == config.dtype
+
+
+def test_a_reference_is_of_all_texts_of_a_list() -> None:
+    """As the negative prompt is."""
+    section = "{'prompts': ['a cat', 'a dog'], 'ref': 'a.png; b.png', 'negative_prompt': 'dull'}"
+    _, prompts = read_sampling(read_config(CONFIG, ["--sampling", section]).config)
+    assert [(p.refs, p.negative) for p in prompts] == 2 * [(("a.png", "b.png"), "dull")]
 
 
 def test_few_steps_of_many_are_shown_and_said() -> None:
