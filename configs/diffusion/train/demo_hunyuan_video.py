@@ -9,5 +9,5 @@ dataset = dict(type="video_text", data_path="outputs/demo_hunyuan_video/clips/me
 bucket_config = {"16px_ar1:1": {5: (1.0, 8)}}
 condition_config = dict(t2v=2.0, i2v_head=1.0)
 no_i2v_ref_loss = True
-warmup_steps = 100
+warmup_steps = 0.025
 exp_name = "demo_hunyuan_video"
