@@ -111,6 +111,20 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def leave_stop_signals_to_parent() -> None:
+    """Let this process, which reads for one that has a `StopSignal`, go on when both are told to stop.
+
+    Launchers and schedulers tell whole groups of processes (torchrun, ``timeout``, Slurm), and a run whose readers are
+    gone cannot make the step after which it saves. A second SIGTERM ends it: that one is the parent's, at its end.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.siginterrupt(signal.SIGTERM, False)  # or a read of libav would fail, and its clip count as a bad one
+
+
 class StopSignal:
     """SIGTERM and SIGUSR1 ask for a checkpoint and an end; all ranks answer at the same step.
 
@@ -123,7 +137,7 @@ class StopSignal:
         self._flag = torch.zeros(1)
         self._work: dist.Work | None = None
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -15,6 +15,7 @@ from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.batch import Batch, BucketShape, Sample
 from opensora_like.datasets.plan import MicroBatch
 from opensora_like.datasets.video_io import BadSample
+from opensora_like.runtime import leave_stop_signals_to_parent
 
 Found = TypeVar("Found")
 
@@ -61,13 +62,14 @@ def read_ahead(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else it draws a seed from the process' own generator
     )
 
 
-def _use_one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    leave_stop_signals_to_parent()
 
 
 class NoSpareLeft(ValueError):

@@ -89,3 +89,18 @@ def test_sigterm_to_one_rank_stops_all_and_saves(whole: Path, tmp_path: Path) ->
     assert metrics_of(tmp_path / "toy", *names) == metrics_of(whole / "toy", *names)
     losses = [torch.tensor(metrics_of(o / "toy", "loss", "grad_norm")) for o in (tmp_path, whole)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_sigterm_to_the_launcher_saves_first(tmp_path: Path) -> None:
+    """torchrun hands it on to whole groups of processes, the readers of data among them: these go on until the ranks,
+    which save what they have, need them no more."""
+    process = torchrun(
+        2, *arguments(tmp_path, "--num-workers", "2", "--ckpt-every", "0", "--steps", "3000"), wait=False
+    )
+    wait_for_step(tmp_path / "toy", 4, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert "is killed by signal" not in output, output
+    (saved,) = layout.complete_checkpoints(tmp_path / "toy")
+    assert 4 <= layout.step_of(saved) < 3000
+    assert metrics_of(tmp_path / "toy", "step")[-1] == (layout.step_of(saved),)
