@@ -31,6 +31,7 @@ from opensora_like.datasets.bucket import Buckets, compile_buckets
 from opensora_like.datasets.cost import COEFFICIENTS, CostModel, Grid, Measured, calibrate
 from opensora_like.datasets.latent_store import open_store
 from opensora_like.datasets.plan import EpochPlan, steps_in_epoch
+from opensora_like.models.base import encoders_of
 from opensora_like.registry import MODELS, build, fit_arguments, resolve
 from opensora_like.settings import RunConfig
 from opensora_like.training import measure, resources
@@ -181,7 +182,7 @@ def _frozen(cfg: RunConfig, autoencoder) -> tuple[float, float, int, list[str]]:
             published = Path(str(section.get("from_pretrained"))).name
             elements = ENCODERS.get(published, ENCODERS.get(section.get("type"), 0.0))
             kind = resolve(section.get("type"), MODELS, where=f"encoders.{name}")
-            tokens = section.get("max_length", resources.DEFAULT_TEXT) if hasattr(kind, "encode") else 0
+            tokens = section.get("max_length", resources.DEFAULT_TEXT) if encoders_of("text", {name: kind}) else 0
             if published not in ENCODERS and section.get("type") not in ENCODERS and name not in (cached or ()):
                 notes.append(f"encoders.{name}: the size of {published!r} is not known, it is counted as 0")
         length = max(length, tokens)

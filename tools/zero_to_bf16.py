@@ -30,9 +30,10 @@ from opensora_like.cli import run_guarded
 from opensora_like.config import read_config
 from opensora_like.config_file import read_layers
 from opensora_like.models.lora import file_name, is_adapter
-from opensora_like.registry import MODELS, build
+from opensora_like.registry import MODELS
 from opensora_like.settings import RunConfig
 from opensora_like.training.build import build_model
+from opensora_like.training.measure import build_on_meta
 
 WHOLE, ADAPTERS = "diffusion_pytorch_model", "adapter_model"  # names that diffusers and peft look for
 KOHYA = "lora_kohya"
@@ -58,8 +59,7 @@ def write_published_config(config_file: Path, out: Path) -> None:
     MODELS.import_from_location()
     if section["type"] not in MODELS.module_dict:
         return
-    with torch.device("meta"):
-        model = build({**section, "from_pretrained": None}, MODELS, where="model")
+    model = build_on_meta(section, where="model")
     described = model.diffusers_config() if hasattr(model, "diffusers_config") else None
     if described is not None:
         (out / "config.json").write_text(json.dumps(described, indent=1) + "\n")
@@ -97,9 +97,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     if given.merge_lora:
         weights = merged(config, folder, use_ema=given.ema)
     elif given.lora_format == "kohya":
-        with torch.device("meta"):
-            model = build(config.model, MODELS, where="model")
-        named = to_kohya(weights, config.lora_config, model)
+        named = to_kohya(weights, config.lora_config, build_on_meta(config.model, where="model"))
         weights, base_name = Loaded({n: t.to(dtype if t.ndim else t.dtype) for n, t in named.items()}), KOHYA
     elif is_lora:
         weights, base_name = Loaded({file_name(name): weights[name] for name in weights}), ADAPTERS

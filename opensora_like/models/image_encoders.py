@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from opensora_like.models.tiny_encoders import tiny_vision
 from opensora_like.registry import MODELS, nearest
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -94,22 +95,14 @@ def _load(source: str) -> tuple[nn.Module, Any]:
 
 
 def _tiny(tiny: Mapping[str, int]) -> tuple[nn.Module, Any]:
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPVisionModel
 
     for key in tiny:
         if key not in TINY:
             raise ValueError(f"clip_vision encoder: tiny has no {key!r}; {nearest(key, TINY)}")
     sizes = {**TINY, **tiny}
-    side = sizes["image_size"]
-    config = CLIPVisionConfig(
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=2 * sizes["hidden_size"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"],
-        image_size=side,
-        patch_size=sizes["patch_size"],
-    )
+    config, processor = tiny_vision(sizes, image_size=sizes["image_size"], patch_size=sizes["patch_size"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes["seed"])
         model = CLIPVisionModel(config)
-    return model, CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return model, processor

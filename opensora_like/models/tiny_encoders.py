@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,26 @@ def tiny_clip(sizes: Mapping[str, int], max_length: int) -> nn.Module:
         eos_token_id=EOS,
     )
     return filled(lambda: CLIPTextModel(config), sizes["seed"])
+
+
+def tiny_vision(sizes: Mapping[str, int], *, image_size: int, patch_size: int) -> tuple[Any, Any]:
+    """Settings of a CLIP image model of these sizes, and the processor that brings pictures to its square.
+
+    Args:
+        image_size, patch_size: pixels of a side.
+    """
+    from transformers import CLIPImageProcessor, CLIPVisionConfig
+
+    config = CLIPVisionConfig(
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=2 * sizes["hidden_size"],
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_heads"],
+        image_size=image_size,
+        patch_size=patch_size,
+    )
+    crop = {"height": image_size, "width": image_size}
+    return config, CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop)
 
 
 def filled(build: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_like.models.tiny_encoders import BOS, FIRST_BYTE, NUM_BYTE_IDS, PAD, filled
+from opensora_like.models.tiny_encoders import BOS, FIRST_BYTE, NUM_BYTE_IDS, PAD, filled, tiny_vision
 
 IMAGE = "<image>"
 END_HEADER = "<|end_header_id|>"
@@ -55,25 +55,16 @@ def tiny_llama(sizes: Mapping[str, int]) -> nn.Module:
 
 def tiny_llava(sizes: Mapping[str, int]) -> tuple[nn.Module, Any]:
     """A LLaVA whose language model and image encoder have these sizes, and the processor of its images."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    vision = CLIPVisionConfig(
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=2 * sizes["hidden_size"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"],
-        image_size=IMAGE_SIDE,
-        patch_size=PATCH,
-    )
+    vision, processor = tiny_vision(sizes, image_size=IMAGE_SIDE, patch_size=PATCH)
     config = LlavaConfig(
         vision_config=vision,
         text_config=_llama_config(sizes),
         image_token_index=special_id(IMAGE),
         pad_token_id=PAD,
     )
-    model = filled(lambda: LlavaForConditionalGeneration(config), sizes["seed"])
-    crop = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
-    return model, CLIPImageProcessor(size={"shortest_edge": IMAGE_SIDE}, crop_size=crop)
+    return filled(lambda: LlavaForConditionalGeneration(config), sizes["seed"]), processor
 
 
 def _llama_config(sizes: Mapping[str, int]) -> Any:

@@ -72,8 +72,6 @@ def _unfilled(cfg: RunConfig, path: str) -> Unfilled | str:
     """The model, or why it has to be loaded whole."""
     if cfg.lora_config is not None:
         return "lora_config freezes the model"
-    if cfg.model.get("audio_pretrained") is not None:
-        return "model.audio_pretrained is a second source"
     if cfg.trainable_modules is not None:
         return "trainable_modules freezes the rest of the model"
     if frozen_source(newest_of(Path(path), WHERE)) is not None:
@@ -84,6 +82,8 @@ def _unfilled(cfg: RunConfig, path: str) -> Unfilled | str:
     initial = InitialValues(cfg.seed)
     with torch.device("meta"), initial:
         model = build(cfg.model, MODELS, where="model")
+    if also := list(getattr(model, "also_pretrained", {})):
+        return f"{also[0]} is a second source"
     if buffers := [name for name, _ in model.named_buffers()]:
         return f"the model has buffers, {buffers[:3]}"
     if frozen := [name for name, p in model.named_parameters() if not (p.is_meta and p.requires_grad)]:
