@@ -134,7 +134,7 @@ class StoreWriter:
             _check_tensor("null", f"embeddings.{name}", tensor)
         if not (self.folder / NULL).exists():
             copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in embeddings.items()}
-            files.save_tensors(copies, self.folder / NULL, fingerprint=self.fingerprint)
+            files.save_tensors(copies, self.folder / NULL, fingerprint=self.fingerprint, shared=True)
 
     def fail(self, key: str, reason: str) -> None:
         """Write down that `key` could not be made: one line of json in failures.rank*.jsonl."""

@@ -28,8 +28,13 @@ class Shard(NamedTuple):
     header_crc32: int
 
 
-def save_tensors(tensors: Mapping[str, Tensor], target: Path, *, fingerprint: Mapping[str, Any]) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], target: Path, *, fingerprint: Mapping[str, Any], shared: bool = False
+) -> None:
     """Publish tensors as one safetensors file.
+
+    Args:
+        shared: several processes may publish `target` at the same time.
 
     Raises:
         OSError: it cannot be written; the file is named.
@@ -37,7 +42,7 @@ def save_tensors(tensors: Mapping[str, Tensor], target: Path, *, fingerprint: Ma
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with staged(target) as draft:
+    with staged(target, shared=shared) as draft:
         try:
             save_file(dict(tensors), draft, metadata={"fingerprint": json.dumps(fingerprint)})
         except SafetensorError as problem:

@@ -182,9 +182,10 @@ class MetaSink:
         folder.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(fingerprint, sort_keys=True))
         settings = folder / SETTINGS
+        strange = any(not is_draft(file) for file in folder.glob("*.meta"))  # before: another rank begins with settings
         if settings.is_file():
             check_fingerprint(folder, json.loads(settings.read_text()), plain)
-        elif any(not is_draft(file) for file in folder.glob("*.meta")):
+        elif strange:
             raise ValueError(f"{str(folder)!r} has .meta files of another program; write into another folder")
         else:
             with staged(settings, shared=True) as draft:
@@ -228,7 +229,8 @@ class MetaSink:
 
     def add_null(self, embeddings_LD: Tensor) -> None:
         if not (self.folder / NULL).exists():
-            store_files.save_tensors({TEXT: embeddings_LD.cpu()}, self.folder / NULL, fingerprint=self._fingerprint)
+            null = {TEXT: embeddings_LD.cpu()}
+            store_files.save_tensors(null, self.folder / NULL, fingerprint=self._fingerprint, shared=True)
 
     def fail(self, key: str, reason: str) -> None:
         with self._failures.open("a", encoding="utf-8") as file:

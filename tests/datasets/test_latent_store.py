@@ -6,13 +6,18 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from opensora_like.datasets.latent_store import NotFinite, StoreWriter, finish, open_store
+from opensora_like.datasets import store_files
+from opensora_like.datasets.latent_store import NULL, NotFinite, StoreWriter, finish, open_store
 from opensora_like.rng import generator
 
 ROOT = Path(__file__).parents[2]
@@ -97,8 +102,8 @@ def kill_at(moment):
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
     @contextmanager
-    def staged(target):
-        with inner(target) as draft:
+    def staged(target, **how):
+        with inner(target, **how) as draft:
             yield draft
             tick()
         tick()
@@ -135,6 +140,24 @@ def _keys_in(index: Path) -> list[str]:
     from pyarrow import parquet
 
     return parquet.read_table(index)["key"].to_pylist()
+
+
+def test_ranks_keep_the_null_embeddings_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither takes away what the other is about to publish."""
+    both = threading.Barrier(2, timeout=60)
+    staged = store_files.staged
+
+    @contextmanager
+    def staged_together(target: Path, **how: bool) -> Iterator[Path]:
+        with staged(target, **how) as draft:
+            yield draft
+            both.wait()
+
+    monkeypatch.setattr(store_files, "staged", staged_together)
+    writers = [StoreWriter(tmp_path, fingerprint=FINGERPRINT, rank=rank, world_size=2) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda writer: writer.add_null({"text": torch.ones(5, 6)}), writers))
+    assert [file.name for file in tmp_path.iterdir()] == [NULL]
 
 
 def test_stale_fingerprints_are_refused(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def main(folder: Path, runs: list[dict]) -> None:
         fed = train_and_note(run)
         if runtime.is_main:
             (folder / f"{wanted['name']}.json").write_text(json.dumps({"steps": fed, "end": run.state.step}))
+    rt.finish()
 
 
 if __name__ == "__main__":
