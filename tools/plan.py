@@ -16,7 +16,9 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -181,8 +183,7 @@ def _frozen(cfg: RunConfig, autoencoder) -> tuple[float, float, int, list[str]]:
         else:
             published = Path(str(section.get("from_pretrained"))).name
             elements = ENCODERS.get(published, ENCODERS.get(section.get("type"), 0.0))
-            kind = resolve(section.get("type"), MODELS, where=f"encoders.{name}")
-            tokens = section.get("max_length", resources.DEFAULT_TEXT) if encoders_of("text", {name: kind}) else 0
+            tokens = _text_tokens(name, section)
             if published not in ENCODERS and section.get("type") not in ENCODERS and name not in (cached or ()):
                 notes.append(f"encoders.{name}: the size of {published!r} is not known, it is counted as 0")
         length = max(length, tokens)
@@ -191,6 +192,14 @@ def _frozen(cfg: RunConfig, autoencoder) -> tuple[float, float, int, list[str]]:
         held += elements * BYTES.get(section.get("dtype") or "bf16", 2)
         flops += 2 * elements * tokens
     return held, flops, length or resources.DEFAULT_TEXT, notes
+
+
+def _text_tokens(name: str, section: Mapping[str, Any]) -> int:
+    """Of a caption, by an encoder that is not built; 0 for one of images or sound alone."""
+    kind = resolve(section.get("type"), MODELS, where=f"encoders.{name}")
+    if encoders_of("captioned image", {name: kind}):
+        return kind.num_tokens(**section)
+    return section.get("max_length", resources.DEFAULT_TEXT) if encoders_of("text", {name: kind}) else 0
 
 
 def _cached(cfg: RunConfig) -> tuple[list[str] | None, list[str]]:

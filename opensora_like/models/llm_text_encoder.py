@@ -22,6 +22,7 @@ from opensora_like.registry import MODELS
 
 MaskedTokenize = Callable[[Sequence[str], int], tuple[Tensor, Tensor]]  # (texts, length) -> ids, bool: no padding
 NUM_HEADER = 4  # tokens of the answer's header, which are no part of the embedding
+PUBLISHED_IMAGE = 24**2  # tokens of an image of 336 x 336 in patches of 14
 
 
 class Prompt(NamedTuple):
@@ -163,10 +164,17 @@ class LLaVATextEncoder(nn.Module):
         self.output_dim = int(config.text_config.hidden_size)
         self._num_text, self._interleave = max_length, image_embed_interleave
         self._num_image = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        self.max_length = -(-self._num_image // image_embed_interleave) + max_length - NUM_HEADER
+        self.max_length = self.num_tokens(num_image=self._num_image, **sizes)
         self._image_id = int(config.image_token_index)
         self._layer = _layer(num_hidden_layers_to_skip, config.text_config.num_hidden_layers, where="llava encoder")
         self._prompt = _published_prompt(with_image=True, tokenize=tokenize_bytes if tiny is not None else None)
+
+    @staticmethod
+    def num_tokens(
+        *, max_length: int = 256, image_embed_interleave: int = 4, num_image: int = PUBLISHED_IMAGE, **_: object
+    ) -> int:
+        """Tokens of an embedding, for who plans with a config and builds no encoder. Args: as the class."""
+        return -(-num_image // image_embed_interleave) + max_length - NUM_HEADER
 
     def train(self, mode: bool = True) -> LLaVATextEncoder:
         """Stays in evaluation mode: the encoder is frozen."""

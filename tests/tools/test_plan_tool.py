@@ -17,6 +17,7 @@ import torch
 from mmengine.config import Config
 from torch.utils.flop_counter import FlopCounterMode
 
+from opensora_like.config import read_config
 from opensora_like.datasets.balance import Balance, balance_plan, utilisation
 from opensora_like.datasets.bucket import compile_buckets
 from opensora_like.datasets.cost import COEFFICIENTS, CostModel, Grid
@@ -97,6 +98,13 @@ def test_the_published_model_is_counted_in_full():
         assert utilisation(plan, costs, world_size=8) == pytest.approx(before, abs=0.012)
         balanced = balance_plan(plan, Balance(costs), seed=1)
         assert all(utilisation(balanced, costs, world_size=world) >= 0.97 for world in (8, 64))
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("t2v", 256), ("i2v", 144 + 252)])
+def test_tokens_of_captions_are_known_without_the_encoders(name, tokens):
+    """Those of HunyuanVideo's LLaMA, and of its LLaVA, whose embeddings hold the image's as well."""
+    cfg = read_config(ROOT / f"configs/diffusion/train/hunyuan_video_{name}.py", []).config
+    assert plan_tool._frozen(cfg, torch.nn.Linear(1, 1))[2] == tokens
 
 
 def test_static_memory_is_cut_as_the_backend_cuts_it():
