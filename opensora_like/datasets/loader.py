@@ -15,7 +15,7 @@ from opensora_like.datasets.base import ClipDataset
 from opensora_like.datasets.batch import Batch, BucketShape, Sample
 from opensora_like.datasets.plan import MicroBatch
 from opensora_like.datasets.video_io import BadSample
-from opensora_like.runtime import leave_stop_signals_to_parent
+from opensora_like.runtime import leave_stop_signals_to_parent, stop_signals_held
 
 Found = TypeVar("Found")
 
@@ -53,9 +53,9 @@ def make_loader(
 
 def read_ahead(
     reads: Dataset, indices: Iterable[Any], *, num_workers: int, prefetch_factor: int, pin_memory: bool
-) -> DataLoader:
-    """``reads[index]`` of each index, in their order. Args: as `make_loader`."""
-    return DataLoader(
+) -> Iterator[Any]:
+    """``reads[index]`` of each index, in their order, which are being read from now on. Args: as `make_loader`."""
+    loader = DataLoader(
         reads,
         sampler=indices,
         batch_size=None,
@@ -65,6 +65,8 @@ def read_ahead(
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else it draws a seed from the process' own generator
     )
+    with stop_signals_held():  # for the readers, until they have begun
+        return iter(loader)
 
 
 def _begin_worker(worker: int) -> None:
