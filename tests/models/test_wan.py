@@ -113,6 +113,23 @@ def test_layouts_convert_both_ways(name, tmp_path):
         convert.to_diffusers(original | {"proj_out.weight": original["head.head.weight"]})
 
 
+def test_a_config_with_every_setting_is_read(tmp_path):
+    """VideoX-Fun saves all arguments of its model, those that it does not read as well; the order says nothing."""
+    saved = {
+        **json.loads((GOLDEN / "wan_i2v_a.json").read_text())["case"]["cfg"],
+        "_class_name": "WanTransformer3DModel",
+        "qk_norm": True,
+        "window_size": [-1, -1],
+        "add_ref_conv": False,
+        "add_control_adapter": False,
+        "in_channels": 16,
+        "hidden_size": 2048,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    sizes = Wan(config=str(tmp_path)).sizes
+    assert (sizes.in_channels, sizes.out_channels, sizes.dim, sizes.image_dim) == (12, 4, 24, 1280)
+
+
 @pytest.mark.parametrize("i2v", [False, True])
 def test_equals_diffusers_from_a_saved_folder(i2v, tmp_path):
     """A folder that diffusers saved, read with its config and weights, gives diffusers' own output."""
@@ -421,6 +438,9 @@ def test_what_does_not_fit_says_so(tmp_path):
         ({"_class_name": "FluxTransformer2DModel"}, "not of a Wan transformer"),
         ({"pos_embed_seq_len": 514}, r"pos_embed_seq_len=514, only \[None\]"),
         ({"num_layers": "30"}, "num_layers='30' must be int"),
+        ({"add_ref_conv": True}, r"add_ref_conv=True, only \[False\]"),
+        ({"window_size": [8, 8]}, r"window_size=\[8, 8\], only"),
+        ({"dim": 24, "num_heads": 2, "qk_norm": False}, "qk_norm=False, only"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=message):

@@ -29,6 +29,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "out_channels": 48,
     },
 }
+# setting of a config.json -> what can be built of it; the first names are diffusers', the others of VideoX-Fun's code
+ONLY: dict[str, tuple[Any, ...]] = {
+    "qk_norm": ("rms_norm_across_heads",),
+    "pos_embed_seq_len": (None,),
+    "window_size": ([-1, -1],),
+    "add_control_adapter": (False,),
+    "add_ref_conv": (False,),
+}
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,7 @@ def read_config(path: str) -> dict[str, Any]:
         raise ValueError(f"{where} is of a {config['_class_name']!r}, not of a Wan transformer")
     if "dim" in config:
         config = _from_original(config, where, shows_image=_shows_image(file.parent))
-    only = {"qk_norm": ("rms_norm_across_heads",), "pos_embed_seq_len": (None,)}
-    for name, allowed in only.items():
+    for name, allowed in ONLY.items():
         if name in config and config[name] not in allowed:
             raise ValueError(f"{where}: {name}={config[name]!r}, only {list(allowed)} can be built")
     hints = {"image_dim": int | None, "cross_attn_norm": bool, "eps": float, "patch_size": tuple[int, int, int]}
@@ -162,7 +169,10 @@ def _shows_image(folder: Path) -> bool:
 def _from_original(config: Mapping[str, Any], where: str, *, shows_image: bool) -> dict[str, Any]:
     """diffusers' names for the settings of the original code."""
     renamed = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
-    out = {renamed.get(name, name): value for name, value in config.items()}
+    # the original names win: VideoX-Fun saves an `in_channels` beside `in_dim` that its model does not read
+    out = {**config, **{new: config[name] for name, new in renamed.items() if name in config}}
+    if config.get("qk_norm") is True:  # there a switch, over all heads at once
+        out["qk_norm"] = "rms_norm_across_heads"
     heads = out.get("num_attention_heads", 0)
     if heads < 1 or config["dim"] % heads:
         raise ValueError(f"{where}: dim={config['dim']} does not divide by num_heads={heads}")
