@@ -106,10 +106,27 @@ def test_published_layout():
 
 def test_meets_the_seam():
     """Built by its registered name it is a frozen `Autoencoder`."""
-    autoencoder = build({"type": "hunyuan_vae", **TINY, "block_out_channels": [4, 4, 8, 8]}, MODELS)
+    autoencoder = build({"type": "hunyuan_vae", **FACTS["config"]}, MODELS)  # the published arguments, all of them
     assert isinstance(autoencoder, Autoencoder)
     assert (autoencoder.temporal_stride, autoencoder.spatial_stride, autoencoder.is_causal) == (4, 8, True)
     assert not any(p.requires_grad for p in autoencoder.parameters()) and not autoencoder.training
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 16])
+def test_other_ratios_are_those_of_diffusers(ratio):
+    """Cells of other sizes give diffusers' numbers for the same weights, and sizes that follow from them."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    torch.manual_seed(0)
+    theirs = AutoencoderKLHunyuanVideo(**TINY, spatial_compression_ratio=ratio).eval()
+    ours = HunyuanVAE(**TINY, spatial_compression_ratio=ratio)
+    ours.load_state_dict(theirs.state_dict())
+    video = torch.rand(1, 3, 5, 16, 32) * 2 - 1
+    with torch.no_grad():
+        mean = theirs.encode(video).latent_dist.mean
+        torch.testing.assert_close(ours.encode(video), ours.scale_factor * mean, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.decode(ours.scale_factor * mean), theirs.decode(mean).sample, atol=1e-4, rtol=0)
+    assert ours.latent_shape(5, 16, 32) == (4, 2, 16 // ratio, 32 // ratio)
 
 
 def test_sampling_does_not_depend_on_slices(weights):
@@ -252,6 +269,11 @@ def test_loads_exactly_its_file(tmp_path, weights):
     ("arguments", "message"),
     [
         ({"block_out_channels": (4, 4, 8)}, "must be four multiples"),
+        (
+            {"time_compression_ratio": 8},
+            "time_compression_ratio=8, .*: the first can only be 4",
+        ),
+        ({"spatial_compression_ratio": 3}, "spatial_compression_ratio=3: .* the second 1, 2, 4, 8 or 16"),
         ({"mini_batch_size": 0}, "mini_batch_size=0 must be at least 1"),
         ({"mini_batch_size": 2, "use_slicing": True}, "contradicts use_slicing"),
         ({"use_spatial_tiling": True, "sample_size": 20}, "spatial tile size 20 is not a multiple of the stride 8"),

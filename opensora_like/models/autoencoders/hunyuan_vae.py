@@ -32,6 +32,8 @@ class HunyuanVAE(nn.Module):
         latent_channels: of the latents; the encoder puts out twice as many, mean and log variance.
         layers_per_block: residual blocks per level of the encoder; the decoder has one more.
         block_out_channels: widths of the four levels; multiples of `norm_num_groups`.
+        time_compression_ratio, spatial_compression_ratio: pixels of a cell in time, which is 4, and along a side, a
+            power of 2 up to 16.
         scale_factor, shift_factor: latents for the denoiser are ``scale_factor * (z - shift_factor)``.
         sample_size: pixels; a clip with a longer side is tiled when `use_spatial_tiling`. Tiles have this side.
         sample_tsize: frames; a longer clip is tiled when `use_temporal_tiling`.
@@ -41,14 +43,13 @@ class HunyuanVAE(nn.Module):
         dtype: of the weights, and of the computation; None keeps that of the file, or float32.
 
     Raises:
-        ValueError: tiles, widths or weights that do not fit.
+        ValueError: tiles, widths, ratios or weights that do not fit.
         FileNotFoundError: `from_pretrained` is not there.
 
     Source: HunyuanVideo, arXiv:2412.03603, section 4.1; scale and tiles as Open-Sora v2 uses them.
     """
 
     temporal_stride = 4
-    spatial_stride = 8
     is_causal = True
     has_deviation = True
 
@@ -62,6 +63,8 @@ class HunyuanVAE(nn.Module):
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
         block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
+        time_compression_ratio: int = 4,
+        spatial_compression_ratio: int = 8,
         scale_factor: float = 0.476986,
         shift_factor: float = 0.0,
         sample_size: int = 256,
@@ -79,7 +82,12 @@ class HunyuanVAE(nn.Module):
                 f"autoencoder.block_out_channels={block_out_channels!r} must be four multiples of "
                 f"norm_num_groups={norm_num_groups}"
             )
-        self.latent_channels = latent_channels
+        if time_compression_ratio != self.temporal_stride or spatial_compression_ratio not in (1, 2, 4, 8, 16):
+            raise ValueError(
+                f"autoencoder.time_compression_ratio={time_compression_ratio!r}, spatial_compression_ratio="
+                f"{spatial_compression_ratio!r}: the first can only be 4, the second 1, 2, 4, 8 or 16"
+            )
+        self.latent_channels, self.spatial_stride = latent_channels, spatial_compression_ratio
         self.scale_factor, self.shift_factor = scale_factor, shift_factor
         self.mini_batch_size = resolve_mini_batch(mini_batch_size, use_slicing=use_slicing)
         self.tiling = Tiling(
@@ -99,6 +107,7 @@ class HunyuanVAE(nn.Module):
                 layers_per_block=layers_per_block,
                 norm_num_groups=norm_num_groups,
                 block_out_channels=tuple(block_out_channels),
+                spatial_compression_ratio=spatial_compression_ratio,
             )
         self.encoder, self.decoder, self.quant_conv, self.post_quant_conv = networks
         finish(self, from_pretrained=_find_file(from_pretrained, scale_factor=scale_factor), dtype=dtype)
@@ -190,6 +199,7 @@ def _build_networks(
     layers_per_block: int,
     norm_num_groups: int,
     block_out_channels: tuple[int, ...],
+    spatial_compression_ratio: int,
 ) -> tuple[nn.Module, nn.Module, nn.Conv3d, nn.Conv3d]:
     from diffusers import AutoencoderKLHunyuanVideo
 
@@ -200,5 +210,6 @@ def _build_networks(
         layers_per_block=layers_per_block,
         norm_num_groups=norm_num_groups,
         block_out_channels=block_out_channels,
+        spatial_compression_ratio=spatial_compression_ratio,
     )
     return rebuild(published.encoder), rebuild(published.decoder), published.quant_conv, published.post_quant_conv
