@@ -72,7 +72,7 @@ class Encode:
     ) -> None:
         self._sharing, self._shapes_only = sharing, shapes_only
         self.autoencoder, self.encoders = autoencoder, dict(encoders)
-        self._seed, self._device, self._guidance = seed, device, guidance
+        self._seed, self._device, self._guidance = seed, device, float(guidance)
         self._dropout, self._sample_posterior = dict(dropout_ratio), sample_posterior
         self._needs_guidance = "guidance" in model.condition_names
         self._needs_visual = "visual" in model.condition_names
