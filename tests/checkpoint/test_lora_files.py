@@ -129,6 +129,23 @@ def test_merged_weights_are_the_recorded_ones(tmp_path: Path) -> None:
                 torch.testing.assert_close(model.get_submodule(module).weight.data, RECORDED[key], atol=1e-6, rtol=1e-6)
 
 
+def test_an_adapted_linear_is_the_recorded_one() -> None:
+    """Outputs and gradients of one linear; the recorded multiplier of 0.7 is a part of alpha here, whose rank is 4."""
+    tensors = {name.removeprefix("linear/"): t for name, t in RECORDED.items() if name.startswith("linear/")}
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5))
+    model[0].load_state_dict({name: tensors[name] for name in ("weight", "bias")})
+    add_lora(model, {"r": 4, "lora_alpha": 2 * 0.7, "target_modules": ["0"]}, seed=0)
+    down, up = adapters_of(model).values()
+    torch.testing.assert_close(model(tensors["x"]), tensors["plain"], atol=1e-6, rtol=0)
+    down.data.copy_(tensors["down"])
+    up.data.copy_(tensors["up"])
+    out = model(tensors["x"])
+    torch.testing.assert_close(out, tensors["lora_out"], atol=1e-6, rtol=0)
+    out.square().mean().backward()
+    torch.testing.assert_close(down.grad, tensors["grad_down"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(up.grad, tensors["grad_up"], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("form", ["peft", "kohya"])
 def test_merged_equals_the_trained_forward(form: str, use_rslora: bool, tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ def test_ratio_names_are_width_to_height():
     assert {name: ratio_value(name) for name in GOLDEN["ratios"]} == GOLDEN["get_ratio"]
 
 
+def test_closest_ratio_is_the_recorded_one():
+    """200 sizes go to the ratio that the published system gives them."""
+    rows = json.loads((Path(__file__).parents[1] / "golden/opensora_maths_a.json").read_text())["closest_ratio"]
+    for height, width, resolution, ratio in rows:
+        names = list(shape_table(resolution, multiple=16))
+        assert names[closest_ratio(np.array([height]), np.array([width]), names)[0]] == ratio
+
+
 def test_closest_ratio_is_the_first_of_the_smallest_distances():
     """For random sizes and for exact ties the index is what argmin over all distances gives."""
     rng = np.random.default_rng(0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from opensora_like.datasets.resize import resize_crop
 from opensora_like.datasets.video_io import BadSample, VideoInfo, read_frames
@@ -28,6 +29,25 @@ def test_evenly_spaced_frames_are_the_recorded_ones(case):
     assert [pick.indices[0] for pick in found] == case["frames_mode"]
     assert [pick.number for pick in found] == [(n, len(found)) for n in range(1, len(found) + 1)]
     assert all(len(pick.indices) == 1 and pick.fps == 0 for pick in found)
+
+
+@pytest.mark.parametrize("case", [c for c in GOLDEN["adjust_4n1"] if c.get("target") and "error" not in c])
+def test_frames_spread_over_the_clip_are_the_recorded_ones(case):
+    """Evenly spaced, both ends included; of too short a clip the published code shows frames twice, here it is cut."""
+    found = picks(case["total"], target_frames=case["target"], select="uniform")[0].indices
+    if case["target"] <= case["total"]:
+        assert list(found) == case["indices"]
+    else:
+        assert len(found) % 4 == 1 and found == tuple(range(len(found))) and len(case["indices"]) > case["total"]
+
+
+def test_resizing_by_lanczos_is_the_recorded_one():
+    """Pixels of the published preparation, exactly."""
+    tensors = load_file(Path(__file__).parents[1] / "golden/dfm_a.safetensors")
+    made = Picture(height=16, width=16, center_crop=True, resize_mode="lanczos").bring(
+        tensors["preprocess/clip"].numpy()
+    )
+    assert torch.equal(made, tensors["preprocess/out"])
 
 
 def test_frames_within_the_clip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ def test_a_warm_up_begins_where_it_is_told_to() -> None:
     assert [given.lr_factor(step) for step in range(6)] == pytest.approx([0.1, 0.325, 0.55, 0.775, 1.0, 1.0])
     assert [rates(warmup_steps=4).lr_factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates(warmup_steps=0.04) == rates(warmup_steps=4) == rates(warmup_steps=4.0)
+
+
+def test_the_published_warm_up() -> None:
+    """Open-Sora's line begins at 1e-6; with its first rate as `warmup_lr` it is ours, and from 0 we are as near."""
+    maths = json.loads((Path(__file__).parents[1] / "golden/opensora_maths_a.json").read_text())["warmup"]
+    common = {"lr": maths["lr"], "warmup_steps": maths["warmup_steps"]}
+    for warmup_lr, far in ((maths["lrs"][0], 1e-12), (None, maths["initial_lr"])):
+        found = Rates(**common, warmup_lr=warmup_lr)
+        assert [found.lr * found.lr_factor(n) for n in range(len(maths["lrs"]))] == pytest.approx(maths["lrs"], abs=far)
 
 
 @pytest.mark.parametrize(
