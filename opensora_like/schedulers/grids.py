@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,8 @@ def diffusers_grid(num_steps: int, *, sampler: Literal["euler", "unipc"], shift:
         raise ValueError(f"num_steps={num_steps!r} must be 1 or more")
     last = torch.tensor(1 / NUM_TIMESTEPS, dtype=torch.float64)
     if sampler == "unipc":
-        even = torch.linspace(1, last.item(), num_steps + 1, dtype=torch.float64)[:-1]
+        # numpy's: torch's rounds otherwise, and 334 thousandths would be told as 333 or the other way round
+        even = torch.from_numpy(np.linspace(1, last.item(), num_steps + 1)[:-1])
         times = shift_time(even, shift).clamp(max=1 - 1e-6)
         told = (times * NUM_TIMESTEPS).floor() / NUM_TIMESTEPS
     elif sampler == "euler":

@@ -222,7 +222,7 @@ def test_conditions_that_cannot_be_guided_are_refused():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
-@pytest.mark.parametrize("num_steps", [1, 2, 10, 50])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 37, 48, 50])
 def test_grids_are_those_of_diffusers(num_steps, shift):
     """Times and what the model is told of them equal both schedulers', to float32's last bit."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
