@@ -31,7 +31,9 @@ class Tiling:
     Args:
         spatial_size: side of a tile in pixels; None does not tile in space.
         temporal_size: length of a tile in frames; None does not tile in time.
-        overlap: part of a tile that it shares with the next, in [0, 1).
+        overlap: part of a tile that it shares with the next, in [0, 1). Steps from tile to tile are rounded down to
+            whole latents; the published code rounds each direction by itself, and where `overlap` does not divide a
+            tile its clips come out in another size.
         is_causal: a temporal tile takes one more frame in front, whose output is dropped.
 
     Raises:
