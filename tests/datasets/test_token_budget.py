@@ -51,7 +51,7 @@ def test_published_shapes() -> None:
         found = names[closest_ratio(np.array([height]), np.array([width]), names)[0]]
         near = {name: abs(math.log(height / width) - math.log(ratio_value(name))) for name in names}
         wanted = f"{closest_w}:{closest_h}"
-        assert found == wanted or abs(near[found] - near[wanted]) < 0.02, "names there are rounded to 0.01"
+        assert found == wanted or abs(near[found] - near[wanted]) < 0.02, "names there tell the ratio at 512, to 0.01"
 
 
 @pytest.mark.parametrize(
