@@ -55,6 +55,8 @@ def check_distill(cfg: RunConfig) -> Distill:
     for name, least in (("gen_update_interval", 1), ("real_guidance", 0), ("fake_guidance", 0)):
         if getattr(settings, name) < least:
             raise ValueError(f"distill.{name}={getattr(settings, name)} must be {least} or more")
+    if not settings.real_guidance:
+        raise ValueError("distill.real_guidance=0 is a teacher that does not hear the captions; 1 is without guidance")
     if settings.critic_lr <= 0:
         raise ValueError(f"distill.critic_lr={settings.critic_lr} must be above 0")
     if settings.negative_prompt and {settings.real_guidance, settings.fake_guidance} <= {0.0, 1.0}:

@@ -287,6 +287,7 @@ def test_the_generator_is_sampled_and_exported_alone(teacher: Path, tmp_path: Pa
         ("dict(time=(1.0,))", [], "times"),
         ("dict(gen_update_interval=0)", [], "must be 1 or more"),
         ("dict(real_guidance=1.0, negative_prompt='x')", [], "read with guidance only"),
+        ("dict(real_guidance=0.0)", [], "does not hear the captions; 1 is without"),
         ("dict(before=dict(from_pretrained='x'))", [], "set distill.boundary"),
         ("dict(boundary=0.9)", [], "scheduler.t_min=0.9"),
         ("dict(boundary=0.9, before=dict(from_pretrained='x'))", [], "scheduler.t_max=0.9"),
