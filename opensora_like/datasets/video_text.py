@@ -37,7 +37,8 @@ def caption_with_suffix(text: str, fps: float | None = None, motion: float | Non
     """The caption with what it says of its speed: "A dog runs. 24 FPS, 4 motion score."
 
     Training and inference both call this. The published system trains on this form and samples with another
-    ("24 FPS. 4 motion score."), so the model meets a text it was not trained on; here the training form is kept.
+    ("24 FPS. 4 motion score."), so the model meets a text it was not trained on; here the training form is kept, but
+    for whole rates below its fps_max, which it writes as "16.0 FPS" in training and as "16 FPS", as here, in sampling.
 
     Args:
         fps: frames per second at which the clip plays; None or 0 (an image) says nothing.
