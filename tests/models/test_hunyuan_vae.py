@@ -331,12 +331,16 @@ def test_the_folder_of_diffusers_is_read(tmp_path, num_frames):
 
 
 def test_a_folder_that_does_not_fit_says_so(tmp_path):
-    """Latents that are scaled otherwise, and a folder without one file of weights."""
+    """Latents that are scaled otherwise or of other cells, and a folder without one file of weights."""
     from diffusers import AutoencoderKLHunyuanVideo
 
-    AutoencoderKLHunyuanVideo(**TINY, scaling_factor=0.5).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"scales latents by 0\.5, autoencoder\.scale_factor=0\.476986"):
-        HunyuanVAE(str(tmp_path), **TINY)
+    for changed, message in (
+        ({"scaling_factor": 0.5}, r"has scaling_factor=0\.5, autoencoder\.scale_factor=0\.476986"),
+        ({"spatial_compression_ratio": 4}, r"ratio=4, autoencoder\.spatial_compression_ratio=8"),
+    ):
+        AutoencoderKLHunyuanVideo(**TINY, **changed).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            HunyuanVAE(str(tmp_path), **TINY)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="has 0 safetensors files"):
         HunyuanVAE(str(tmp_path), **TINY)

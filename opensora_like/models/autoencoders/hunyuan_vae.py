@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -110,7 +111,8 @@ class HunyuanVAE(nn.Module):
                 spatial_compression_ratio=spatial_compression_ratio,
             )
         self.encoder, self.decoder, self.quant_conv, self.post_quant_conv = networks
-        finish(self, from_pretrained=_find_file(from_pretrained, scale_factor=scale_factor), dtype=dtype)
+        facts = {"scaling_factor": scale_factor, "spatial_compression_ratio": spatial_compression_ratio}
+        finish(self, from_pretrained=_find_file(from_pretrained, facts), dtype=dtype)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents of a clip.
@@ -168,11 +170,14 @@ class HunyuanVAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-def _find_file(source: str | None, *, scale_factor: float) -> str | None:
+def _find_file(source: str | None, facts: Mapping[str, float]) -> str | None:
     """The file of weights in a folder as diffusers saves it; anything else stays as it is.
 
+    Args:
+        facts: what the folder's config.json has to say where it says anything; no weight tells it.
+
     Raises:
-        ValueError: none or several files, or latents that are to be scaled otherwise.
+        ValueError: none or several files, or other facts.
     """
     folder = None if source is None else Path(source)
     if folder is None or not folder.is_dir():
@@ -183,11 +188,11 @@ def _find_file(source: str | None, *, scale_factor: float) -> str | None:
     if len(files) != 1:
         raise ValueError(f"{where} has {len(files)} safetensors files in {str(folder)!r}; name the one of the weights")
     config = folder / "config.json"
-    published = json.loads(config.read_text()).get("scaling_factor", scale_factor) if config.is_file() else scale_factor
-    if published != scale_factor:
-        raise ValueError(
-            f"{where} scales latents by {published}, autoencoder.scale_factor={scale_factor}; set it to that"
-        )
+    published = json.loads(config.read_text()) if config.is_file() else {}
+    for name, value in facts.items():
+        if published.get(name, value) != value:
+            own = name.replace("scaling", "scale")
+            raise ValueError(f"{where} has {name}={published[name]}, autoencoder.{own}={value}; set it to that")
     return str(files[0])
 
 
