@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.facts import check_order
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.weights import LoadReport
+from opensora_like.datasets.plan import EpochPlan, steps_in_epoch
 from opensora_like.runtime import logger
 from opensora_like.settings import RunConfig
 
@@ -35,6 +37,18 @@ def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, 
         return state
 
     return checkpoints.newest_intact(load) if cfg.load == "latest" else load(layout.find_checkpoint(cfg.load, folder))
+
+
+def begin_with_a_whole_step(state: TrainState, plan_of: Callable[[int], EpochPlan], *, micro_per_step: int) -> None:
+    """Move a position to the next epoch where what is left of its own fills no step, as steps were smaller before.
+
+    The loader goes on there in any case; a run of `epochs` has to know that one has ended.
+    """
+    if state.micro_batch == 0:
+        return
+    length = len(plan_of(state.epoch))
+    if state.micro_batch <= length and not steps_in_epoch(length, micro_per_step, state.micro_batch):
+        state.epoch, state.micro_batch = state.epoch + 1, 0
 
 
 def check_load_settings(cfg: RunConfig, *, restart: bool) -> None:

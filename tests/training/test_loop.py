@@ -181,6 +181,31 @@ def test_accumulation_and_epochs(tmp_path: Path) -> None:
     assert state["samples"] == two.state.samples
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_epochs_end_when_they_do_after_steps_of_another_size(tmp_path: Path, before: int, after: int) -> None:
+    """Three of four epochs in steps of one size, the rest in another, as with other processes: four are seen, and the
+    learning rate falls over what is left."""
+    arguments = ["--bucket-config", "{'8px_ar1:1': {1: (1.0, 3), 5: (1.0, 2)}}", "--epochs", "4", "--ckpt-every", "1"]
+    arguments += ["--lr-schedule", "linear", "--warmup-steps", "0"]
+    sizes = [["--accumulation-steps", str(size)] for size in (before, after)]
+    whole = build_toy(tmp_path, *arguments, *sizes[0])
+    whole.lock.close()
+    per_epoch = whole.schedule.total_steps // 4
+    train_toy(tmp_path, *arguments, *sizes[0], kill_before=3 * per_epoch + 1)
+    end = train_toy(tmp_path, *arguments, *sizes[1], "--load", "latest")
+    assert (end.state.epoch, end.state.micro_batch) == (4, 0)
+    assert end.state.step == end.schedule.total_steps == 3 * per_epoch + per_epoch * before // after
+    assert 0 < metrics_of(tmp_path / "toy", "lr")[-1][0] < 1e-2 / (3 * per_epoch)
+
+
+def test_a_rest_that_fills_no_step_is_no_epoch(tmp_path: Path) -> None:
+    """One micro-batch before the end of the last epoch, steps begin to take two: nothing of the next one is seen."""
+    last = len(build_toy(tmp_path / "x", "--epochs", "1").plan_of(0)) - 1
+    train_toy(tmp_path, "--epochs", "1", "--ckpt-every", "1", kill_before=last + 1)
+    end = train_toy(tmp_path, "--epochs", "1", "--accumulation-steps", "2", "--load", "latest")
+    assert (end.state.step, end.state.epoch, end.state.micro_batch) == (last, 1, 0)
+
+
 def test_the_bar_ends_where_the_epoch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs differ in length, so a run of two shows the steps of the one it is in, also after a resume in it."""
     shown: list[tuple[int, int]] = []
