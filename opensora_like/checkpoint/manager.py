@@ -76,7 +76,7 @@ class CheckpointManager:
         self._publisher = Publisher(
             run,
             config_text,
-            {"data_order": self.order, **about},
+            {layout.START: layout.next_start(run), "data_order": self.order, **about},
             keep=keep_n_latest,
             keep_every=keep_every,
             group=self._group,

@@ -171,6 +171,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path: Path, caplo
     assert "passes over epoch0-global_step6" in (tmp_path / "toy/log.txt").read_text()
 
 
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_good_ones(tmp_path: Path) -> None:
+    """Of update 4, damaged, and 3, made after a resume from 2, retention keeps the latter, and `latest` loads."""
+    train_toy(tmp_path, "--steps", "9", "--ckpt-every", "2", kill_before=5)
+    damaged = layout.complete_checkpoints(tmp_path / "toy")[-1] / "master.rank00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    go_on = ["--steps", "9", "--ckpt-every", "1", "--keep-n-latest", "1", "--load", "latest"]
+    train_toy(tmp_path, *go_on, kill_before=4)
+    assert [layout.step_of(f) for f in layout.complete_checkpoints(tmp_path / "toy")] == [3]
+    assert train_toy(tmp_path, *go_on, kill_before=5).state.step == 4
+
+
 def test_accumulation_and_epochs(tmp_path: Path) -> None:
     """`epochs` ends after that many passes; two micro-batches a step see the same samples in half the steps."""
     one = train_toy(tmp_path / "1", "--epochs", "1")
