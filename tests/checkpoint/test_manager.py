@@ -6,11 +6,13 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import local
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from opensora_like.checkpoint import layout
+from opensora_like.checkpoint import files, layout
 from opensora_like.checkpoint.facts import FORMAT_VERSION
 from opensora_like.checkpoint.files import write_safetensors
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
@@ -104,6 +106,32 @@ class StandIn:
         for task in self._tasks:
             task.result()
         os.close(self._handle)
+
+
+def test_tensornvme_works_on_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads begin with GPU 0 as the current one; its stream is made on that of the thread that found it."""
+    current = local()
+    current.device = 3
+
+    class OnDevice:
+        def __init__(self, device: int) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.device = self.device
+
+        def __exit__(self, *problem: object) -> None:
+            del current.device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "device", 0))
+    monkeypatch.setattr(torch.cuda, "device", OnDevice)
+    monkeypatch.setattr(files.util, "find_spec", lambda name: name)
+    module = SimpleNamespace(AsyncFileWriter=lambda path, n_entries: (path, n_entries, torch.cuda.current_device()))
+    monkeypatch.setattr(files, "import_module", lambda name: module)
+    writer = files.find_nvme_writer()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(writer, "file", n_entries=4).result() == ("file", 4, 3)
 
 
 class LosesOne(StandIn):
