@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from opensora_like.boosters.base import OptimizerFactory
-from opensora_like.settings import RunConfig
+from opensora_like.settings import Optim, RunConfig
 from opensora_like.training.trainable import group_by_scale
 
 
@@ -33,6 +33,9 @@ def optimizer_factory(
         raise ValueError("optim.type='HybridAdam' needs a GPU (it compiles CUDA kernels); use --optim.type AdamW")
     if kind != "SGD" and optim["momentum"]:
         raise ValueError(f"optim.momentum={optim['momentum']} is SGD's; {kind} has betas")
+    for name, default in (("betas", Optim.betas), ("eps", Optim.eps)) if kind == "SGD" else ():
+        if optim[name] != default:
+            raise ValueError(f"optim.{name}={optim[name]!r} is Adam's; SGD has none: set it to {default!r}")
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         parameters = group_by_scale(parameters, lr_scales)
@@ -137,6 +140,8 @@ def build_rates(cfg: RunConfig, *, total_steps: int | None) -> Rates:
     _check_read(cfg)
     end = cfg.lr_decay_steps or total_steps
     name, lr = cfg.lr_schedule, cfg.optim["lr"]
+    if lr <= 0:
+        raise ValueError(f"optim.lr={lr} must be above 0; parts of the model are frozen with trainable_modules")
     if end is None and (name in ("linear", "cosine", "wsd") or 0 < cfg.warmup_steps < 1 or _lacks_decay_steps(cfg)):
         raise ValueError(
             f"lr_schedule={name!r}, warmup_steps={cfg.warmup_steps}, weight_decay_end={cfg.weight_decay_end} need the "

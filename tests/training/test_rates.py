@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opensora_like.config import read_config
-from opensora_like.settings import RunConfig
-from opensora_like.training.optim import FALLING, Rates, build_rates
+from opensora_like.settings import Optim, RunConfig
+from opensora_like.training.optim import FALLING, Rates, build_rates, optimizer_factory
 from tests.training.harness import CONFIG, metrics_of, train_toy
 
 TOY = read_config(CONFIG).config
@@ -113,3 +114,24 @@ def test_an_end_that_is_not_known_is_asked_for(changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="set --steps"):
         rates(total_steps=None, **changed)
     assert rates(total_steps=None, lr_schedule="inverse_sqrt").lr_factor(12) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"type": "SGD", "betas": (0.8, 0.9)}, r"optim\.betas=\(0\.8, 0\.9\) is Adam's"),
+        ({"type": "SGD", "eps": 1e-10}, r"optim\.eps=1e-10 is Adam's"),
+        ({"momentum": 0.9}, r"optim\.momentum=0\.9 is SGD's"),
+    ],
+)
+def test_numbers_of_another_optimizer_are_refused(changed: dict[str, Any], message: str) -> None:
+    """SGD has no betas and no eps, Adam no momentum."""
+    optim = {**dataclasses.asdict(Optim()), **changed}
+    with pytest.raises(ValueError, match=message):
+        optimizer_factory(optim, device=torch.device("cpu"))
+
+
+def test_a_rate_of_0_is_refused() -> None:
+    """All factors are shares of it."""
+    with pytest.raises(ValueError, match=r"optim\.lr=0\.0 must be above 0"):
+        rates(optim={**TOY.optim, "lr": 0.0})
