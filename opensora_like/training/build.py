@@ -313,10 +313,13 @@ def make_schedule(cfg: RunConfig, booster: Booster, state: TrainState, *, length
         length: as `epoch_length` gives it.
 
     Raises:
-        ValueError: an accumulation below 1, or rates that cannot be; see `build_rates`.
+        ValueError: an accumulation below 1, a negative count, or rates that cannot be; see `build_rates`.
     """
     if cfg.accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={cfg.accumulation_steps} must be 1 or more")
+    for name in ("steps", "epochs", "log_every", "ckpt_every"):
+        if (getattr(cfg, name) or 0) < 0:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be 0 or more")
     total = cfg.steps
     if length is not None:
         micro_per_step = booster.dp_size * cfg.accumulation_steps

@@ -14,7 +14,7 @@ import torch
 from opensora_like.config import read_config
 from opensora_like.settings import Optim, RunConfig
 from opensora_like.training.optim import FALLING, Rates, build_rates, optimizer_factory
-from tests.training.harness import CONFIG, metrics_of, train_toy
+from tests.training.harness import CONFIG, build_toy, metrics_of, train_toy
 
 TOY = read_config(CONFIG).config
 
@@ -135,3 +135,10 @@ def test_a_rate_of_0_is_refused() -> None:
     """All factors are shares of it."""
     with pytest.raises(ValueError, match=r"optim\.lr=0\.0 must be above 0"):
         rates(optim={**TOY.optim, "lr": 0.0})
+
+
+@pytest.mark.parametrize("name", ["steps", "epochs", "log_every", "ckpt_every"])
+def test_negative_counts_are_refused(tmp_path: Path, name: str) -> None:
+    """0 may mean never; -1 means nothing."""
+    with pytest.raises(ValueError, match=f"{name}=-1 must be 0 or more"):
+        build_toy(tmp_path, f"--{name}", "-1")
