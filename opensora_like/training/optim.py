@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from opensora_like.boosters.base import OptimizerFactory
+from opensora_like.boosters.colossalai_import import import_colossalai
 from opensora_like.settings import Optim, RunConfig
 from opensora_like.training.trainable import group_by_scale
 
@@ -43,12 +44,18 @@ def optimizer_factory(
             return torch.optim.SGD(parameters, lr=lr, momentum=optim["momentum"], weight_decay=weight_decay)
         settings = {"lr": lr, "betas": tuple(optim["betas"]), "eps": optim["eps"], "weight_decay": weight_decay}
         if kind == "HybridAdam":
-            from colossalai.nn.optimizer import HybridAdam
-
-            return HybridAdam(parameters, adamw_mode=True, **settings)
+            return hybrid_adam()(parameters, adamw_mode=True, **settings)
         return torch.optim.AdamW(parameters, **settings)
 
     return make
+
+
+def hybrid_adam() -> type[torch.optim.Optimizer]:
+    """ColossalAI's; with any booster it needs what `import_colossalai` puts in place of packages that are not there."""
+    import_colossalai("optim.type='HybridAdam'", "--optim.type AdamW")
+    from colossalai.nn.optimizer import HybridAdam
+
+    return HybridAdam
 
 
 @dataclass(frozen=True)

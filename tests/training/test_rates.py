@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +144,10 @@ def test_negative_counts_are_refused(tmp_path: Path, name: str) -> None:
     """0 may mean never; -1 means nothing."""
     with pytest.raises(ValueError, match=f"{name}=-1 must be 0 or more"):
         build_toy(tmp_path, f"--{name}", "-1")
+
+
+def test_hybrid_adam_is_found_without_the_booster_of_colossalai() -> None:
+    """Its package imports two others that are not installed, on a GPU with any booster."""
+    code = "from opensora_like.training.optim import hybrid_adam; print(hybrid_adam().__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=200)
+    assert done.stdout.endswith("HybridAdam\n"), done.stderr[-2000:]
