@@ -151,3 +151,16 @@ def test_hybrid_adam_is_found_without_the_booster_of_colossalai() -> None:
     code = "from opensora_like.training.optim import hybrid_adam; print(hybrid_adam().__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=200)
     assert done.stdout.endswith("HybridAdam\n"), done.stderr[-2000:]
+
+
+def test_all_groups_have_the_timeout_of_the_run() -> None:
+    """Those of tensor and sequence parallelism, of checkpoints and of signals as well as the group of all ranks."""
+    code = """
+import torch, torch.distributed as dist
+from opensora_like import runtime
+runtime.start(timeout_minutes=7.0)
+for group in (dist.group.WORLD, dist.new_group([0]), dist.new_group(backend="gloo")):
+    print(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=200)
+    assert done.stdout.split() == ["420.0"] * 3, done.stderr[-2000:]
