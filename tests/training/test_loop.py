@@ -273,8 +273,14 @@ def test_loss_weights_make_the_step_a_mean_over_samples_or_tokens(tmp_path: Path
     run.weights_of = lambda first: weights.append(inner(first)) or weights[-1]
     from opensora_like.training.trainer import train
 
+    losses: list[torch.Tensor] = []
+    step_fn = run.step_fn
+    run.step_fn = lambda batch: losses.append(step_fn(batch)) or losses[-1]
     train(run)
+    logged = [loss for (loss,) in metrics_of(tmp_path / "toy", "loss")]
     for step, pair in enumerate(weights):
+        mean = sum(w * loss.item() for w, loss in zip(pair, losses[2 * step : 2 * step + 2], strict=True)) / 2
+        assert logged[step] == pytest.approx(mean), "what is logged is what is trained on"
         sizes = [len(b) * (b.shape.num_frames if mode == "per_token" else 1) for b in seen[2 * step : 2 * step + 2]]
         assert pair == pytest.approx([2 * size / sum(sizes) for size in sizes])
     assert any(pair[0] != pair[1] for pair in weights)
