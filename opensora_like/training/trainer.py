@@ -95,6 +95,7 @@ def train(run: Run) -> bool:
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; weights and checkpoints are those of the step before.
+        OSError: a checkpoint could not be written, and errors stop the run, or it was the last one.
     """
     state, schedule, booster = run.state, run.schedule, run.booster
     garbage = GarbageControl(run.gc_every)
@@ -133,7 +134,7 @@ def train(run: Run) -> bool:
                 break
             if run.watch is not None:
                 meter.off_the_clock(run.watch.after_step)
-        run.checkpoints.wait()
+        run.checkpoints.finish()
     return schedule.is_done(state)
 
 

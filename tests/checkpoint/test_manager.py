@@ -84,6 +84,39 @@ def test_a_partial_load_reports_every_key(tmp_path: Path) -> None:
         make_manager(tmp_path / "e", extra=True).load(small)
 
 
+@pytest.mark.parametrize("async_io", [False, True])
+def test_the_last_save_has_to_succeed(tmp_path: Path, async_io: bool) -> None:
+    """With on_save_error='continue' one that fails is made up for by a later one; there is none after the last."""
+    run = tmp_path / "run"
+    manager = make_manager(run, on_save_error="continue", async_io=async_io)
+    run.rename(tmp_path / "gone")
+    manager.save(TrainState(step=1))
+    with pytest.raises(OSError, match=r"could not save epoch0-global_step1.*last save of this run"):
+        manager.finish()
+    run.mkdir()
+    manager.save(TrainState(step=2))
+    manager.finish()
+    assert [layout.step_of(f) for f in layout.complete_checkpoints(run)] == [2]
+
+
+def test_what_is_not_taken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An average and moments that the run has no use for, and an average that begins anew."""
+    said: list[str] = []
+    monkeypatch.setattr("opensora_like.checkpoint.manager.logger.warning", lambda text, *a: said.append(text % a))
+    both = make_manager(tmp_path / "both")
+    folder = both.save(TrainState(step=1))
+    both.load(folder)
+    assert said == []
+    plain = make_manager(tmp_path / "plain", has_ema=False)
+    plain.load(folder)
+    assert len(said) == 1 and "['ema'] are not taken" in said.pop()
+    both.load(plain.save(TrainState(step=1)))
+    assert len(said) == 1 and "has no EMA: it begins at the weights" in said.pop()
+    monkeypatch.setattr(plain.booster, "optimizer_shards", dict)  # as of SGD without momentum
+    plain.load(folder)
+    assert len(said) == 1 and "['ema', 'exp_avg', 'exp_avg_sq', 'step'] are not taken" in said.pop()
+
+
 class StandIn:
     """The part of ``tensornvme.async_file_io.AsyncFileWriter`` that is used, as ColossalAI calls it; without speed."""
 
