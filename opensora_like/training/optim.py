@@ -168,6 +168,8 @@ def build_rates(cfg: RunConfig, *, total_steps: int | None) -> Rates:
         raise ValueError(f"min_lr={cfg.min_lr} and warmup_lr={cfg.warmup_lr} must be from 0 to optim.lr={lr}")
     weight_decay = None
     if cfg.weight_decay_end is not None:
+        if cfg.weight_decay_end < 0:
+            raise ValueError(f"weight_decay_end={cfg.weight_decay_end} must be 0 or more")
         num_steps = cfg.weight_decay_steps or end
         weight_decay = (cfg.optim["weight_decay"], cfg.weight_decay_end, num_steps, cfg.weight_decay_schedule)
     return Rates(

@@ -99,6 +99,7 @@ def test_a_run_follows_its_schedule(tmp_path: Path) -> None:
         ({"lr_schedule": "linear", "lr_decay_steps": 0}, "1 or more"),
         ({"warmup_steps": 1.5}, "a share of them below 1"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"weight_decay_end": -0.1}, "weight_decay_end=-0.1 must be 0 or more"),
     ],
 )
 def test_wrong_or_ignored_rates_are_refused(changed: dict[str, Any], message: str) -> None:
