@@ -63,6 +63,8 @@ def start(*, timeout_minutes: float = 30.0) -> Runtime:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=timeout_minutes)
+        # groups of fewer ranks, ours and those that libraries make, take this and not the timeout of all ranks
+        dist.distributed_c10d.default_pg_timeout = timeout
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from torch import Tensor
 
-from opensora_like.checkpoint.export import export_weights, parse_size
+from opensora_like.checkpoint.export import WHOLE, export_weights, parse_size
 from opensora_like.checkpoint.weights import read_weights
 from opensora_like.cli import run_guarded
 from opensora_like.config import read_config
@@ -117,6 +117,9 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
     parser.add_argument("--max_shard_size", default="80GB", help="bytes, or with KB, MB, GB, KiB, MiB, GiB")
     given = parser.parse_args(arguments)
     max_shard_size = parse_size(given.max_shard_size)
+    source, out = Path(given.source).resolve(), given.out.resolve()
+    if out == source or (out == source.parent and source.name.startswith(WHOLE)):
+        raise ValueError(f"{given.source!r} would be written over while it is read; choose another folder than its own")
     weights = read_weights(given.source, use_ema=not given.raw, where="source")
     converted = _Loaded(convert(weights, model=given.model, to=given.to, rope=given.rope))
 

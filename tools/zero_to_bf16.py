@@ -23,7 +23,7 @@ from torch import Tensor
 
 from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.adapters import merge_adapters, peft_config
-from opensora_like.checkpoint.export import checkpoint_weights, export_weights, parse_size
+from opensora_like.checkpoint.export import WHOLE, checkpoint_weights, export_weights, parse_size
 from opensora_like.checkpoint.facts import read_state
 from opensora_like.checkpoint.lora_files import PEFT_CONFIG, to_kohya
 from opensora_like.cli import run_guarded
@@ -35,7 +35,7 @@ from opensora_like.settings import RunConfig
 from opensora_like.training.build import build_model
 from opensora_like.training.measure import build_on_meta
 
-WHOLE, ADAPTERS = "diffusion_pytorch_model", "adapter_model"  # names that diffusers and peft look for
+ADAPTERS = "adapter_model"  # the name that peft looks for
 KOHYA = "lora_kohya"
 
 

@@ -20,8 +20,11 @@ RENAMED = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)`
 INSTALL = "pip install --no-deps -r requirements/colossalai.txt"
 
 
-def import_colossalai() -> None:
+def import_colossalai(where: str = "booster.type='colossalai'", instead: str = "--booster.type ddp") -> None:
     """Import ``colossalai.booster`` and its plugins, so that later imports find them.
+
+    Args:
+        where, instead: the setting that asks for it, and another one, for the error.
 
     Raises:
         ValueError: it, or something it needs, is not installed.
@@ -37,9 +40,7 @@ def import_colossalai() -> None:
                 warnings.filterwarnings("ignore", message=message, category=UserWarning)
             import colossalai.booster.plugin  # noqa: F401
     except ImportError as problem:
-        raise ValueError(
-            f"booster.type='colossalai' cannot be used: {problem}; {INSTALL}, or --booster.type ddp"
-        ) from problem
+        raise ValueError(f"{where} cannot be used: {problem}; {INSTALL}, or {instead}") from problem
     warnings.filterwarnings("ignore", message=RENAMED, category=FutureWarning)
 
 

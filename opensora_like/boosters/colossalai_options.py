@@ -81,7 +81,7 @@ class HybridOptions(ZeroOptions):
         static_graph: promises DDP (`zero_stage` 0) that every step takes the same way through the model; it then
             reduces in every backward. ZeRO has no use for the promise, and accepts it.
         find_unused_parameters: for models of which a step at `zero_stage` 0 may leave parameters out; costs a walk of
-            the graph. ZeRO needs no such key.
+            the graph. ZeRO needs no such key, and refuses it.
     """
 
     tp_size: int = 1
@@ -136,6 +136,11 @@ def read_hybrid_options(config: Mapping[str, Any], *, plugin: str, device: torch
         _check_split_gather(options)
     if options.zero_stage == 0:
         _check_without_zero(config)
+    elif options.find_unused_parameters:
+        raise ValueError(
+            f"{WHERE}.find_unused_parameters=True has no effect while {WHERE}.zero_stage is {options.zero_stage}: ZeRO"
+            " takes a step that leaves parameters out as it is; remove it"
+        )
     return dataclasses.replace(options, sequence_parallelism_mode=mode or "all_to_all")
 
 

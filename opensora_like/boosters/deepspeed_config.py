@@ -127,6 +127,7 @@ def complete_config(config: Mapping[str, Any], decided: Decided) -> dict[str, An
     done.setdefault("timers", {"throughput": {"enabled": False}})  # it would synchronise the device at every step
     done = _without_auto(done)
     _check_stage_1(done)
+    _check_below_stage_3(done)
     return done
 
 
@@ -228,6 +229,20 @@ def _check_stage_1(config: Mapping[str, Any]) -> None:
     if config.get("data_types", {}).get("grad_accum_dtype") == "fp32" and config["bf16"]["enabled"] and on_device:
         raise ValueError(
             f"{WHERE}.data_types.grad_accum_dtype='fp32' makes stage 1 another, untested optimizer; use stage 2"
+        )
+
+
+def _check_below_stage_3(config: Mapping[str, Any]) -> None:
+    """DeepSpeed does not look at where weights are to be kept where it shards none.
+
+    Numbers that tune stage 3 may stay, as one file serves several stages; nothing is expected of them.
+    """
+    zero = config["zero_optimization"]
+    device = (zero.get("offload_param") or {}).get("device", "none")
+    if zero["stage"] < 3 and device != "none":
+        raise ValueError(
+            f"{WHERE}.zero_optimization.offload_param.device={device!r} has no effect at stage {zero['stage']}, where "
+            "each rank has all weights on its device; remove it, or use stage 3"
         )
 
 

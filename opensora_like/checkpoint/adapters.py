@@ -98,17 +98,25 @@ def begin_from(model: nn.Module, source: str, lora_config: Mapping[str, Any], *,
     """
     place = f"{where}={source!r}"
     if is_own(source, where=where):
+        check_scales({"all": scale_of(read_lora_config(source, where=where))}, lora_config, where=place)
         return put_adapters(model, read_adapters(source, where=where, use_ema=False), where=place)
     _, adapters = read_foreign(plain_outline(model), source, where=where)
+    check_scales({name: adapter.scale for name, adapter in adapters.items()}, lora_config, where=place)
+    return put_adapters(model, to_own_names(adapters), where=place)
+
+
+def check_scales(scales: Mapping[str, float], lora_config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse adapters, of which the scales are given by name, that would add more or less than they were trained to.
+
+    Raises:
+        ValueError: a scale is not that of `lora_config`.
+    """
     mine = scale_of(lora_config)
-    if other := [
-        f"{name}: {a.scale:g}" for name, a in adapters.items() if not math.isclose(a.scale, mine, rel_tol=1e-3)
-    ]:
+    if other := [f"{name}: {scale:g}" for name, scale in scales.items() if not math.isclose(scale, mine, rel_tol=1e-3)]:
         raise ValueError(
-            f"{place} was trained with another scale (alpha / rank) than the {mine:g} of lora_config: {other[:2]}; set "
+            f"{where} was trained with another scale (alpha / rank) than the {mine:g} of lora_config: {other[:2]}; set "
             "lora_config.lora_alpha to fit"
         )
-    return put_adapters(model, to_own_names(adapters), where=place)
 
 
 def is_own(source: str, *, where: str) -> bool:

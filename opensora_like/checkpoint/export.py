@@ -14,6 +14,7 @@ from torch import Tensor
 from opensora_like.checkpoint.files import write_safetensors, write_text
 from opensora_like.checkpoint.pieces import PieceReader
 
+WHOLE = "diffusion_pytorch_model"  # what diffusers looks for
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -81,10 +82,10 @@ def export_weights(
     *,
     max_shard_size: int,
     dtype: torch.dtype | None = torch.bfloat16,
-    base_name: str = "diffusion_pytorch_model",
+    base_name: str = WHOLE,
     on_file: Callable[[Path], None] = lambda path: None,
 ) -> list[Path]:
-    """Write `weights` below `out`; one shard is in memory at a time.
+    """Write `weights` below `out`, in place of an earlier export of this `base_name`; one shard is in memory at a time.
 
     Args:
         max_shard_size: bytes; a tensor that is larger than this has a file of its own.
@@ -117,6 +118,10 @@ def export_weights(
         index |= dict.fromkeys(names, path.name)
         files.append(path)
         on_file(path)
+    for old in out.iterdir():  # of an earlier export: whoever reads the folder would take its index and its shards
+        is_shard = re.fullmatch(re.escape(base_name) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name)
+        if is_shard and old not in files:
+            old.unlink()
     if len(shards) > 1:
         table = {"metadata": {"total_size": total}, "weight_map": index}
         write_text(out / f"{base_name}.safetensors.index.json", json.dumps(table, indent=1))

@@ -40,12 +40,21 @@ class WrittenFile(NamedTuple):
 def find_nvme_writer() -> Callable[..., Any] | None:
     """TensorNVMe's `AsyncFileWriter` where it is installed and there is a GPU (it makes a CUDA stream), else None.
 
+    Called in any thread it works on the GPU that is current here: a thread begins with the first one, where each
+    process of the machine would take memory for a context of its own.
+
     Raises:
         ImportError: it is installed but cannot be loaded.
     """
     if not torch.cuda.is_available() or util.find_spec("tensornvme") is None:
         return None
-    return import_module("tensornvme.async_file_io").AsyncFileWriter
+    make, device = import_module("tensornvme.async_file_io").AsyncFileWriter, torch.cuda.current_device()
+
+    def make_here(*args: Any, **settings: Any) -> Any:
+        with torch.cuda.device(device):
+            return make(*args, **settings)
+
+    return make_here
 
 
 def write_safetensors(

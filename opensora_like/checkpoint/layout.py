@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from opensora_like.publish import DRAFT
 
 NAME = re.compile(r"epoch(\d+)-global_step(\d+)")
 STATE_FILE = "state.json"
+START = "start"  # in it: how often the run had been started before, as far as checkpoints tell
 STAGING = DRAFT  # of a checkpoint, which is a folder
 REPLACED = ".replaced-"
 LATEST = "latest"
@@ -34,10 +36,26 @@ def is_complete(folder: Path) -> bool:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """All complete checkpoints of a run, oldest update first."""
+    """All complete checkpoints of a run, the first written first.
+
+    That is by start of the run, then by update: one that goes on from an earlier checkpoint leaves later ones behind.
+    """
     if not run.is_dir():
         return []
-    return sorted((f for f in run.iterdir() if is_complete(f)), key=lambda f: (step_of(f), f.name))
+    return sorted((f for f in run.iterdir() if is_complete(f)), key=lambda f: (start_of(f), step_of(f), f.name))
+
+
+def start_of(folder: Path) -> int:
+    """Which start of the run wrote a checkpoint, from 0; 0 where its state file does not say."""
+    try:
+        return json.loads((folder / STATE_FILE).read_text()).get(START, 0)
+    except (ValueError, AttributeError):  # damaged, which is reported when it is loaded
+        return 0
+
+
+def next_start(run: Path) -> int:
+    """The number of a start that finds the run's folder as it is."""
+    return max((start_of(f) + 1 for f in complete_checkpoints(run)), default=0)
 
 
 def find_checkpoint(load: str, run: Path) -> Path:
@@ -55,10 +73,11 @@ def find_checkpoint(load: str, run: Path) -> Path:
         return found[-1]
     if any(c in load for c in "*?["):
         matches = (Path(f) for f in glob.glob(load))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        found = sorted((f for f in matches if is_complete(f)), key=lambda f: (step_of(f), f.name))
+        found = [f for f in matches if is_complete(f)]
         if not found:
             raise FileNotFoundError(f"load={load!r} matches no complete checkpoint")
-        return found[-1]
+        of_one_run = len({f.parent for f in found}) == 1  # starts of several runs cannot be compared
+        return max(found, key=lambda f: (of_one_run and start_of(f), step_of(f), f.name))
     folder = Path(load)
     if folder.is_symlink():
         folder = folder.resolve()

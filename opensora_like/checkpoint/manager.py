@@ -76,7 +76,7 @@ class CheckpointManager:
         self._publisher = Publisher(
             run,
             config_text,
-            {"data_order": self.order, **about},
+            {layout.START: layout.next_start(run), "data_order": self.order, **about},
             keep=keep_n_latest,
             keep_every=keep_every,
             group=self._group,
@@ -84,6 +84,7 @@ class CheckpointManager:
             nvme_writer=find_nvme_writer() if async_io else None,
         )
         self._intact: set[Path] = set()
+        self._failed = ""  # why the newest save did
         self._thread = ThreadPoolExecutor(1, "checkpoint") if async_io else None
         self._pending: Future[str] | None = None
         self._background = Background(stays=self._publisher.nvme_writer is None)
@@ -127,12 +128,23 @@ class CheckpointManager:
             self._background.release()
             self._report(problem)
 
+    def finish(self) -> None:
+        """Wait for the last save of a run.
+
+        Raises:
+            OSError: it failed, whatever `on_save_error` says: no later one will make up for it.
+        """
+        self.wait()
+        if self._failed:
+            raise OSError(f"{self._failed}; it was the last save of this run, go on from the one before")
+
     def before_update(self) -> None:
         """What is being saved is about to change: copy what was not written yet. The doors of the booster call this."""
         if self._pending is not None and not self._pending.done():
             self._background.secure()
 
     def _report(self, problem: str) -> None:
+        self._failed = problem
         if not problem:
             return
         if self._stop_on_error:
@@ -171,8 +183,16 @@ class CheckpointManager:
                 reading.add(kind, tensors, reader, ranges)
             if self.ema is not None:
                 reading.add("ema" if "ema" in reader.kinds() else "master", self.ema, reader, ranges)
+        self._tell_differences(folder, set(reader.kinds()), set(wanted))
         self.booster.refresh()
         return TrainState(**{f.name: facts[f.name] for f in dataclasses.fields(TrainState)})
+
+    def _tell_differences(self, folder: Path, saved: set[str], wanted: set[str]) -> None:
+        """What `load` passes over, and what it makes of nothing."""
+        if unused := sorted(saved - wanted - ({"ema"} if self.ema is not None else set())):
+            logger.warning("%s: %s are not taken, since this run has none (optim.type, ema_decay)", folder, unused)
+        if self.ema is not None and "ema" not in saved:
+            logger.warning("%s has no EMA: it begins at the weights", folder)
 
     @contextmanager
     def _reading(self, folder: Path) -> Iterator[Reading]:

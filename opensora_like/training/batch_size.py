@@ -32,6 +32,8 @@ def with_batch_sizes(cfg: RunConfig, world_size: int) -> RunConfig:
             f"global_batch_size={cfg.global_batch_size} counts samples, and the buckets have batches of "
             f"{sorted(sizes)}; set local_batch_size, or accumulation_steps in place of global_batch_size"
         )
+    if (size := min(sizes)) < 1:
+        raise ValueError(f"bucket_config has batches of {size}; their size must be 1 or more")
     num_ranks = world_size // ranks_per_sample(cfg.booster)
     if num_ranks < 1:
         raise ValueError(

@@ -49,7 +49,7 @@ from opensora_like.training.errors import error_options
 from opensora_like.training.offload import build_offload
 from opensora_like.training.optim import build_rates, optimizer_factory
 from opensora_like.training.pretrained import Unfilled, build_unfilled, log_peak_memory
-from opensora_like.training.resume import load_state, log_report
+from opensora_like.training.resume import begin_with_a_whole_step, load_state, log_report
 from opensora_like.training.run_folder import open_run_folder
 from opensora_like.training.spikes import SpikeGuard
 from opensora_like.training.step import FlowMatchingStep, Scheduler
@@ -81,7 +81,8 @@ def build_run(
     outline = build_outline(cfg, cached)
     dataset = build_checked_dataset(cfg, runtime, booster, outline)
     scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=outline.model.patch_size)
-    schedule = make_schedule(cfg, dataset, booster)
+    length = epoch_length(cfg, dataset)
+    make_schedule(cfg, booster, TrainState(), length=length)  # refuses what it has to before weights are made and read
     unfilled = build_unfilled(cfg, booster, runtime.world_size)  # from here on weights are made and read
     model = build_model(cfg) if unfilled is None else unfilled.model
     tensor_group = getattr(booster, "tensor_group", None)
@@ -99,6 +100,8 @@ def build_run(
     watch = build_watch(watched, observe, step_fn, dataset, build_encode=build_encode)
     load = partial(load_state, cfg, folder, checkpoints, micro_per_step=booster.dp_size * cfg.accumulation_steps)
     state = load() if watch is None else watch.around_load(load, base_is_loaded=cfg.load_weights_only)
+    begin_with_a_whole_step(state, plan_of, micro_per_step=booster.dp_size * cfg.accumulation_steps)
+    schedule = make_schedule(cfg, booster, state, length=length)
     log_summary(cfg, runtime, dataset, model, schedule, state, dp_size=booster.dp_size)
     log_peak_memory(runtime)
     return Run(
@@ -295,17 +298,35 @@ def build_checkpoints(
     )
 
 
-def make_schedule(cfg: RunConfig, dataset: ClipDataset, booster: Booster) -> Schedule:
-    """Total steps from `steps`, or from `epochs` where every epoch has the same number of them.
+def epoch_length(cfg: RunConfig, dataset: ClipDataset) -> int | None:
+    """Micro-batches of each epoch of a run of `epochs`; None where they differ, or `steps` says when the run ends."""
+    if cfg.steps is not None or not has_constant_length(dataset.plan(0)):
+        return None
+    return len(dataset.plan(0))
+
+
+def make_schedule(cfg: RunConfig, booster: Booster, state: TrainState, *, length: int | None) -> Schedule:
+    """Total steps from `steps`, or from what is left of `epochs` at `state`, as steps before it may have been of other
+    sizes.
+
+    Args:
+        length: as `epoch_length` gives it.
 
     Raises:
-        ValueError: an accumulation below 1, or rates that cannot be; see `build_rates`.
+        ValueError: an accumulation below 1, a negative count, or rates that cannot be; see `build_rates`.
     """
     if cfg.accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={cfg.accumulation_steps} must be 1 or more")
+    for name in ("steps", "epochs", "log_every", "ckpt_every"):
+        if (getattr(cfg, name) or 0) < 0:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be 0 or more")
     total = cfg.steps
-    if total is None and has_constant_length(dataset.plan(0)):
-        total = cfg.epochs * steps_in_epoch(len(dataset.plan(0)), booster.dp_size * cfg.accumulation_steps)
+    if length is not None:
+        micro_per_step = booster.dp_size * cfg.accumulation_steps
+        total = state.step
+        if state.epoch < cfg.epochs:
+            total += steps_in_epoch(length, micro_per_step, state.micro_batch)
+            total += (cfg.epochs - state.epoch - 1) * steps_in_epoch(length, micro_per_step)
     return Schedule(
         total_steps=total,
         epochs=cfg.epochs,

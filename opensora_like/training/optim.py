@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from opensora_like.boosters.base import OptimizerFactory
-from opensora_like.settings import RunConfig
+from opensora_like.boosters.colossalai_import import import_colossalai
+from opensora_like.settings import Optim, RunConfig
 from opensora_like.training.trainable import group_by_scale
 
 
@@ -33,6 +34,9 @@ def optimizer_factory(
         raise ValueError("optim.type='HybridAdam' needs a GPU (it compiles CUDA kernels); use --optim.type AdamW")
     if kind != "SGD" and optim["momentum"]:
         raise ValueError(f"optim.momentum={optim['momentum']} is SGD's; {kind} has betas")
+    for name, default in (("betas", Optim.betas), ("eps", Optim.eps)) if kind == "SGD" else ():
+        if optim[name] != default:
+            raise ValueError(f"optim.{name}={optim[name]!r} is Adam's; SGD has none: set it to {default!r}")
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         parameters = group_by_scale(parameters, lr_scales)
@@ -40,12 +44,18 @@ def optimizer_factory(
             return torch.optim.SGD(parameters, lr=lr, momentum=optim["momentum"], weight_decay=weight_decay)
         settings = {"lr": lr, "betas": tuple(optim["betas"]), "eps": optim["eps"], "weight_decay": weight_decay}
         if kind == "HybridAdam":
-            from colossalai.nn.optimizer import HybridAdam
-
-            return HybridAdam(parameters, adamw_mode=True, **settings)
+            return hybrid_adam()(parameters, adamw_mode=True, **settings)
         return torch.optim.AdamW(parameters, **settings)
 
     return make
+
+
+def hybrid_adam() -> type[torch.optim.Optimizer]:
+    """ColossalAI's; with any booster it needs what `import_colossalai` puts in place of packages that are not there."""
+    import_colossalai("optim.type='HybridAdam'", "--optim.type AdamW")
+    from colossalai.nn.optimizer import HybridAdam
+
+    return HybridAdam
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,8 @@ def build_rates(cfg: RunConfig, *, total_steps: int | None) -> Rates:
     _check_read(cfg)
     end = cfg.lr_decay_steps or total_steps
     name, lr = cfg.lr_schedule, cfg.optim["lr"]
+    if lr <= 0:
+        raise ValueError(f"optim.lr={lr} must be above 0; parts of the model are frozen with trainable_modules")
     if end is None and (name in ("linear", "cosine", "wsd") or 0 < cfg.warmup_steps < 1 or _lacks_decay_steps(cfg)):
         raise ValueError(
             f"lr_schedule={name!r}, warmup_steps={cfg.warmup_steps}, weight_decay_end={cfg.weight_decay_end} need the "
@@ -156,6 +168,8 @@ def build_rates(cfg: RunConfig, *, total_steps: int | None) -> Rates:
         raise ValueError(f"min_lr={cfg.min_lr} and warmup_lr={cfg.warmup_lr} must be from 0 to optim.lr={lr}")
     weight_decay = None
     if cfg.weight_decay_end is not None:
+        if cfg.weight_decay_end < 0:
+            raise ValueError(f"weight_decay_end={cfg.weight_decay_end} must be 0 or more")
         num_steps = cfg.weight_decay_steps or end
         weight_decay = (cfg.optim["weight_decay"], cfg.weight_decay_end, num_steps, cfg.weight_decay_schedule)
     return Rates(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from opensora_like.checkpoint import layout
-from opensora_like.checkpoint.facts import check_order
+from opensora_like.checkpoint.adapters import check_scales
+from opensora_like.checkpoint.facts import CONFIG_FILE, check_order
+from opensora_like.checkpoint.lora_files import scale_of
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.weights import LoadReport
+from opensora_like.config import read_config
+from opensora_like.datasets.plan import EpochPlan, steps_in_epoch
 from opensora_like.runtime import logger
 from opensora_like.settings import RunConfig
 
@@ -26,15 +31,48 @@ def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, 
     def load(source: Path) -> TrainState:
         if cfg.load_weights_only:
             log_report(f"weights of {source}", checkpoints.load_weights(source, strict=cfg.load_strict))
+            check_frozen(cfg, source)
             return TrainState()
         check = None if restart else partial(check_order, order=checkpoints.order, folder=source)
         state = checkpoints.load(source, check=check)
+        check_frozen(cfg, source)
         if restart:
             state.epoch, state.micro_batch = cfg.start_epoch or 0, (cfg.start_step or 0) * micro_per_step
         logger.info("loaded %s: step %d epoch %d micro_batch %d", source, state.step, state.epoch, state.micro_batch)
         return state
 
     return checkpoints.newest_intact(load) if cfg.load == "latest" else load(layout.find_checkpoint(cfg.load, folder))
+
+
+def check_frozen(cfg: RunConfig, source: Path) -> None:
+    """Compare what the weights of a checkpoint stand on, where they are not all. Paths may change: those are told only.
+
+    Raises:
+        ValueError: adapters were trained with another scale.
+    """
+    if cfg.lora_config is None and cfg.trainable_modules is None:
+        return
+    was = read_config(source / CONFIG_FILE).config
+    if cfg.lora_config is not None and was.lora_config is not None:
+        check_scales({"all": scale_of(was.lora_config)}, cfg.lora_config, where=f"load={str(source)!r}")
+    old, new = (settings.model.get("from_pretrained") for settings in (was, cfg))
+    if old != new:
+        logger.warning(
+            "%s was trained on frozen weights of model.from_pretrained=%r, this run has %r; they have to be the same",
+            *(source, old, new),
+        )
+
+
+def begin_with_a_whole_step(state: TrainState, plan_of: Callable[[int], EpochPlan], *, micro_per_step: int) -> None:
+    """Move a position to the next epoch where what is left of its own fills no step, as steps were smaller before.
+
+    The loader goes on there in any case; a run of `epochs` has to know that one has ended.
+    """
+    if state.micro_batch == 0:
+        return
+    length = len(plan_of(state.epoch))
+    if state.micro_batch <= length and not steps_in_epoch(length, micro_per_step, state.micro_batch):
+        state.epoch, state.micro_batch = state.epoch + 1, 0
 
 
 def check_load_settings(cfg: RunConfig, *, restart: bool) -> None:

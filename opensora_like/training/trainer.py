@@ -95,6 +95,7 @@ def train(run: Run) -> bool:
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; weights and checkpoints are those of the step before.
+        OSError: a checkpoint could not be written, and errors stop the run, or it was the last one.
     """
     state, schedule, booster = run.state, run.schedule, run.booster
     garbage = GarbageControl(run.gc_every)
@@ -105,11 +106,11 @@ def train(run: Run) -> bool:
             role = run.before_step(state.step)
             schedule.rates.set_on(booster.param_groups, state.step)
             seen: list[tuple[Batch, Tensor]] = []
-            weights = None
+            weights: Sequence[float] = ()
             for micro in range(schedule.accumulation_steps):
                 batch = meter.next_batch(run.batches)
                 run.on_batch(batch)
-                weights = run.weights_of(batch) if weights is None else weights
+                weights = weights or run.weights_of(batch)
                 with booster.micro_batch(last=micro == schedule.accumulation_steps - 1):
                     loss = run.step_fn(batch)
                     booster.backward(loss * weights[micro] / schedule.accumulation_steps)
@@ -123,7 +124,7 @@ def train(run: Run) -> bool:
             _advance(run, first=seen[0][0])
             if run.ema is not None:
                 run.ema.update(state.step)
-            meter.after_step(seen, grad_norm, role)
+            meter.after_step(seen, weights, grad_norm, role)
             garbage.after_step(state.step)
             run.checkpoints.check()
             stopping = stop.agreed()
@@ -133,7 +134,7 @@ def train(run: Run) -> bool:
                 break
             if run.watch is not None:
                 meter.off_the_clock(run.watch.after_step)
-        run.checkpoints.wait()
+        run.checkpoints.finish()
     return schedule.is_done(state)
 
 
@@ -227,10 +228,16 @@ class Meter:
         self._waited += time.perf_counter() - began
         return batch
 
-    def after_step(self, seen: list[tuple[Batch, Tensor]], grad_norm: float, role: str) -> None:
-        """Count the step; at every `log_every` of them write a row, with the last step of each role since the last."""
+    def after_step(
+        self, seen: list[tuple[Batch, Tensor]], weights: Sequence[float], grad_norm: float, role: str
+    ) -> None:
+        """Count the step; at every `log_every` of them write a row, with the last step of each role since the last.
+
+        Args:
+            weights: what the losses of `seen` were multiplied with.
+        """
         run = self._run
-        loss = torch.stack([loss for _, loss in seen]).mean().double()
+        loss = torch.stack([loss * weight for (_, loss), weight in zip(seen, weights, strict=True)]).mean().double()
         self._newest[role] = (loss, grad_norm, run.booster.param_groups[0]["lr"])
         self._steps += 1
         for batch, _ in seen:

@@ -97,6 +97,14 @@ def test_what_stage_1_cannot_do(config, dtype, message, group):
         built(stage=1, dtype=dtype, config=config)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_that_are_whole_are_kept_nowhere_else(stage, group):
+    """DeepSpeed takes the setting and leaves the weights where they are."""
+    config = {"zero_optimization": {"offload_param": {"device": "cpu"}}}
+    with pytest.raises(ValueError, match=rf"offload_param\.device='cpu' has no effect at stage {stage}"):
+        built(stage=stage, config=config)
+
+
 def test_values_that_cannot_be_known_are_refused(group):
     """No stage but 1, 2, 3; no number of accumulation steps that nobody can check; no float16."""
     with pytest.raises(ValueError, match=r"booster\.config\.zero_optimization\.stage=0; use 1, 2 or 3"):

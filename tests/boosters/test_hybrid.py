@@ -153,6 +153,11 @@ def test_the_terminal_stays_quiet(facts):
             {"overlap_allgather": True},
             r"overlap_allgather=True has no effect while .*zero_stage",
         ),
+        (
+            "hybrid",
+            {"zero_stage": 1, "find_unused_parameters": True},
+            r"find_unused_parameters=True has no effect while .*zero_stage is 1",
+        ),
         ("hybrid", {"tp": 2}, r"plugin_config\.tp: plugin 'hybrid' has no such option; .*tp_size"),
         (
             "hybrid",

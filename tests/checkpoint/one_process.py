@@ -14,7 +14,9 @@ from opensora_like.checkpoint.manager import CheckpointManager
 from opensora_like.training.ema import EMA
 
 
-def make_manager(run: Path, *, width: int = 5, extra: bool = False, seed: int = 0, **more: Any) -> CheckpointManager:
+def make_manager(
+    run: Path, *, width: int = 5, extra: bool = False, seed: int = 0, has_ema: bool = True, **more: Any
+) -> CheckpointManager:
     """Checkpoints of a model of two linears (`extra`: three) after one update of AdamW."""
     rt.start()
     torch.manual_seed(seed)
@@ -25,4 +27,4 @@ def make_manager(run: Path, *, width: int = 5, extra: bool = False, seed: int = 
     booster.backward(called(torch.randn(4, 7)).square().mean())
     booster.step()
     settings = {"keep_n_latest": -1, "order": {}, "about": {}, "config_text": "", **more}
-    return CheckpointManager(run, booster, ema=EMA(booster, 0.9).shards, **settings)
+    return CheckpointManager(run, booster, ema=EMA(booster, 0.9).shards if has_ema else None, **settings)

@@ -59,6 +59,29 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
         layout.remove_old(tmp_path, 0)
 
 
+def test_what_an_earlier_start_left_is_older(tmp_path: Path) -> None:
+    """Gone on with from update 2, the run's newest is 3 and not 9: it is found, and it is what retention keeps."""
+    published(tmp_path, 2, 9)
+    assert layout.next_start(tmp_path) == 1
+    name = layout.checkpoint_name(0, 3)
+    stage(tmp_path, name, '{"start": 1}')
+    newest = layout.publish(tmp_path, name)
+    assert [layout.step_of(f) for f in layout.complete_checkpoints(tmp_path)] == [2, 9, 3]
+    for load in ("latest", str(tmp_path), str(tmp_path / "epoch*-global_step*")):
+        assert layout.find_checkpoint(load, tmp_path) == newest
+    assert layout.next_start(tmp_path) == 2
+    layout.remove_old(tmp_path, 1)
+    assert layout.complete_checkpoints(tmp_path) == [newest]
+
+
+def test_starts_of_several_runs_are_not_compared(tmp_path: Path) -> None:
+    """A pattern over two runs means the largest update."""
+    (last,) = published(tmp_path / "a", 9)
+    stage(tmp_path / "b", "epoch0-global_step3", '{"start": 1}')
+    layout.publish(tmp_path / "b", "epoch0-global_step3")
+    assert layout.find_checkpoint(str(tmp_path / "*/epoch*"), tmp_path) == last
+
+
 def test_replacing_a_checkpoint_survives_a_kill_between_the_renames(tmp_path: Path) -> None:
     """Saving the same step again replaces it; if killed half way, `recover` brings the old one back."""
     (old,) = published(tmp_path, 10)

@@ -6,11 +6,13 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import local
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from opensora_like.checkpoint import layout
+from opensora_like.checkpoint import files, layout
 from opensora_like.checkpoint.facts import FORMAT_VERSION
 from opensora_like.checkpoint.files import write_safetensors
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
@@ -82,6 +84,39 @@ def test_a_partial_load_reports_every_key(tmp_path: Path) -> None:
         make_manager(tmp_path / "e", extra=True).load(small)
 
 
+@pytest.mark.parametrize("async_io", [False, True])
+def test_the_last_save_has_to_succeed(tmp_path: Path, async_io: bool) -> None:
+    """With on_save_error='continue' one that fails is made up for by a later one; there is none after the last."""
+    run = tmp_path / "run"
+    manager = make_manager(run, on_save_error="continue", async_io=async_io)
+    run.rename(tmp_path / "gone")
+    manager.save(TrainState(step=1))
+    with pytest.raises(OSError, match=r"could not save epoch0-global_step1.*last save of this run"):
+        manager.finish()
+    run.mkdir()
+    manager.save(TrainState(step=2))
+    manager.finish()
+    assert [layout.step_of(f) for f in layout.complete_checkpoints(run)] == [2]
+
+
+def test_what_is_not_taken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An average and moments that the run has no use for, and an average that begins anew."""
+    said: list[str] = []
+    monkeypatch.setattr("opensora_like.checkpoint.manager.logger.warning", lambda text, *a: said.append(text % a))
+    both = make_manager(tmp_path / "both")
+    folder = both.save(TrainState(step=1))
+    both.load(folder)
+    assert said == []
+    plain = make_manager(tmp_path / "plain", has_ema=False)
+    plain.load(folder)
+    assert len(said) == 1 and "['ema'] are not taken" in said.pop()
+    both.load(plain.save(TrainState(step=1)))
+    assert len(said) == 1 and "has no EMA: it begins at the weights" in said.pop()
+    monkeypatch.setattr(plain.booster, "optimizer_shards", dict)  # as of SGD without momentum
+    plain.load(folder)
+    assert len(said) == 1 and "['ema', 'exp_avg', 'exp_avg_sq', 'step'] are not taken" in said.pop()
+
+
 class StandIn:
     """The part of ``tensornvme.async_file_io.AsyncFileWriter`` that is used, as ColossalAI calls it; without speed."""
 
@@ -104,6 +139,32 @@ class StandIn:
         for task in self._tasks:
             task.result()
         os.close(self._handle)
+
+
+def test_tensornvme_works_on_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads begin with GPU 0 as the current one; its stream is made on that of the thread that found it."""
+    current = local()
+    current.device = 3
+
+    class OnDevice:
+        def __init__(self, device: int) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.device = self.device
+
+        def __exit__(self, *problem: object) -> None:
+            del current.device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "device", 0))
+    monkeypatch.setattr(torch.cuda, "device", OnDevice)
+    monkeypatch.setattr(files.util, "find_spec", lambda name: name)
+    module = SimpleNamespace(AsyncFileWriter=lambda path, n_entries: (path, n_entries, torch.cuda.current_device()))
+    monkeypatch.setattr(files, "import_module", lambda name: module)
+    writer = files.find_nvme_writer()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(writer, "file", n_entries=4).result() == ("file", 4, 3)
 
 
 class LosesOne(StandIn):

@@ -122,3 +122,23 @@ def test_a_yaml_becomes_a_config(tool: ModuleType, tmp_path: Path, capsys: pytes
     )
     with pytest.raises(ValueError, match="new file"):
         tool.prepare(["config", str(tmp_path / "in.yaml"), str(out)])
+
+
+def test_what_is_read_is_not_written_over(tool: ModuleType, tmp_path: Path) -> None:
+    """Weights are read from the files while others are written: a folder into itself is refused, and stays whole."""
+    weights = weights_of("wan_t2v_a")
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(weights, file)
+    for source in (tmp_path, file):
+        with pytest.raises(ValueError, match="choose another folder"):
+            tool.prepare([str(source), str(tmp_path), "--model", "wan", "--to", "diffusers"])
+    assert same(load_file(file), weights)
+
+
+def test_an_earlier_export_goes(tool: ModuleType, tmp_path: Path) -> None:
+    """Shards with an index, then one file into the same folder, then other shards: the folder holds the last ones."""
+    for number, size in enumerate(("20KB", "1GB", "10KB")):
+        weights = {name: tensor + number for name, tensor in weights_of("wan_t2v_a").items()}
+        save_file(weights, tmp_path / "source.safetensors")
+        settings = ["--model", "wan", "--to", "original", "--max_shard_size", size]
+        assert same(run(tool, tmp_path / "source.safetensors", tmp_path / "out", *settings), weights), size

@@ -57,6 +57,10 @@ def test_sizes_that_do_not_divide_are_named(sizes: tuple[int, int, int], parts: 
     ("changed", "message"),
     [
         ({"global_batch_size": 4, "accumulation_steps": 2}, "remove one"),
+        (
+            {"global_batch_size": 4, "bucket_config": {"8px_ar1:1": {1: (1.0, 0)}}},
+            "bucket_config has batches of 0",
+        ),
         ({"global_batch_size": 4}, r"batches of \[2, 3\]; set local_batch_size"),
         ({"local_batch_size": 0}, "local_batch_size=0"),
         (

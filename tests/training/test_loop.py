@@ -171,6 +171,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path: Path, caplo
     assert "passes over epoch0-global_step6" in (tmp_path / "toy/log.txt").read_text()
 
 
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_good_ones(tmp_path: Path) -> None:
+    """Of update 4, damaged, and 3, made after a resume from 2, retention keeps the latter, and `latest` loads."""
+    train_toy(tmp_path, "--steps", "9", "--ckpt-every", "2", kill_before=5)
+    damaged = layout.complete_checkpoints(tmp_path / "toy")[-1] / "master.rank00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    go_on = ["--steps", "9", "--ckpt-every", "1", "--keep-n-latest", "1", "--load", "latest"]
+    train_toy(tmp_path, *go_on, kill_before=4)
+    assert [layout.step_of(f) for f in layout.complete_checkpoints(tmp_path / "toy")] == [3]
+    assert train_toy(tmp_path, *go_on, kill_before=5).state.step == 4
+
+
 def test_accumulation_and_epochs(tmp_path: Path) -> None:
     """`epochs` ends after that many passes; two micro-batches a step see the same samples in half the steps."""
     one = train_toy(tmp_path / "1", "--epochs", "1")
@@ -179,6 +190,31 @@ def test_accumulation_and_epochs(tmp_path: Path) -> None:
     assert two.state.step == one.state.step // 2
     state = json.loads(next((tmp_path / "2").rglob("state.json")).read_text())
     assert state["samples"] == two.state.samples
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_epochs_end_when_they_do_after_steps_of_another_size(tmp_path: Path, before: int, after: int) -> None:
+    """Three of four epochs in steps of one size, the rest in another, as with other processes: four are seen, and the
+    learning rate falls over what is left."""
+    arguments = ["--bucket-config", "{'8px_ar1:1': {1: (1.0, 3), 5: (1.0, 2)}}", "--epochs", "4", "--ckpt-every", "1"]
+    arguments += ["--lr-schedule", "linear", "--warmup-steps", "0"]
+    sizes = [["--accumulation-steps", str(size)] for size in (before, after)]
+    whole = build_toy(tmp_path, *arguments, *sizes[0])
+    whole.lock.close()
+    per_epoch = whole.schedule.total_steps // 4
+    train_toy(tmp_path, *arguments, *sizes[0], kill_before=3 * per_epoch + 1)
+    end = train_toy(tmp_path, *arguments, *sizes[1], "--load", "latest")
+    assert (end.state.epoch, end.state.micro_batch) == (4, 0)
+    assert end.state.step == end.schedule.total_steps == 3 * per_epoch + per_epoch * before // after
+    assert 0 < metrics_of(tmp_path / "toy", "lr")[-1][0] < 1e-2 / (3 * per_epoch)
+
+
+def test_a_rest_that_fills_no_step_is_no_epoch(tmp_path: Path) -> None:
+    """One micro-batch before the end of the last epoch, steps begin to take two: nothing of the next one is seen."""
+    last = len(build_toy(tmp_path / "x", "--epochs", "1").plan_of(0)) - 1
+    train_toy(tmp_path, "--epochs", "1", "--ckpt-every", "1", kill_before=last + 1)
+    end = train_toy(tmp_path, "--epochs", "1", "--accumulation-steps", "2", "--load", "latest")
+    assert (end.state.step, end.state.epoch, end.state.micro_batch) == (last, 1, 0)
 
 
 def test_the_bar_ends_where_the_epoch_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,8 +273,14 @@ def test_loss_weights_make_the_step_a_mean_over_samples_or_tokens(tmp_path: Path
     run.weights_of = lambda first: weights.append(inner(first)) or weights[-1]
     from opensora_like.training.trainer import train
 
+    losses: list[torch.Tensor] = []
+    step_fn = run.step_fn
+    run.step_fn = lambda batch: losses.append(step_fn(batch)) or losses[-1]
     train(run)
+    logged = [loss for (loss,) in metrics_of(tmp_path / "toy", "loss")]
     for step, pair in enumerate(weights):
+        mean = sum(w * loss.item() for w, loss in zip(pair, losses[2 * step : 2 * step + 2], strict=True)) / 2
+        assert logged[step] == pytest.approx(mean), "what is logged is what is trained on"
         sizes = [len(b) * (b.shape.num_frames if mode == "per_token" else 1) for b in seen[2 * step : 2 * step + 2]]
         assert pair == pytest.approx([2 * size / sum(sizes) for size in sizes])
     assert any(pair[0] != pair[1] for pair in weights)

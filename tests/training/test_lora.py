@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,24 @@ def test_killed_and_resumed_equals_uninterrupted(base: Path, booster: str, tmp_p
     assert_same(again, run)
     assert metrics_of(tmp_path / "a/toy") == metrics_of(tmp_path / "b/toy")
     assert all(shard.dtype == torch.float32 for _, shard in run.booster.master_shards())
+
+
+@pytest.mark.parametrize("how", ["--load", "--lora_checkpoint"])
+def test_adapters_of_another_strength_are_refused(base: Path, whole, tmp_path: Path, how: str) -> None:
+    """alpha / rank is no part of the tensors: with another one they would add more than they were trained to."""
+    other = LORA.replace("'lora_alpha': 8", "'lora_alpha': 2")
+    with pytest.raises(ValueError, match=r"another scale .* than the 1 of lora_config: \['all: 4'\]"):
+        build_toy(tmp_path, *lora_arguments(base, "--lora_config", other, how, str(whole[1])))
+
+
+def test_another_base_is_told(base: Path, whole, tmp_path: Path) -> None:
+    """A resume on other frozen weights, or on the same ones that have been moved, which nothing here can tell apart."""
+    moved = shutil.copytree(base, tmp_path / base.name)
+    for source, is_told in ((base, False), (moved, True)):
+        run = build_toy(tmp_path / str(is_told), *lora_arguments(source, "--load", str(whole[1])))
+        run.lock.close()
+        log = (tmp_path / str(is_told) / "toy/log.txt").read_text()
+        assert ("they have to be the same" in log and str(moved) in log) == is_told
 
 
 def test_two_processes_train_as_one_does(base: Path, tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opensora_like.config import read_config
-from opensora_like.settings import RunConfig
-from opensora_like.training.optim import FALLING, Rates, build_rates
-from tests.training.harness import CONFIG, metrics_of, train_toy
+from opensora_like.settings import Optim, RunConfig
+from opensora_like.training.optim import FALLING, Rates, build_rates, optimizer_factory
+from tests.training.harness import CONFIG, build_toy, metrics_of, train_toy
 
 TOY = read_config(CONFIG).config
 
@@ -106,6 +109,7 @@ def test_a_run_follows_its_schedule(tmp_path: Path) -> None:
         ({"lr_schedule": "linear", "lr_decay_steps": 0}, "1 or more"),
         ({"warmup_steps": 1.5}, "a share of them below 1"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"weight_decay_end": -0.1}, "weight_decay_end=-0.1 must be 0 or more"),
     ],
 )
 def test_wrong_or_ignored_rates_are_refused(changed: dict[str, Any], message: str) -> None:
@@ -123,3 +127,51 @@ def test_an_end_that_is_not_known_is_asked_for(changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="set --steps"):
         rates(total_steps=None, **changed)
     assert rates(total_steps=None, lr_schedule="inverse_sqrt").lr_factor(12) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"type": "SGD", "betas": (0.8, 0.9)}, r"optim\.betas=\(0\.8, 0\.9\) is Adam's"),
+        ({"type": "SGD", "eps": 1e-10}, r"optim\.eps=1e-10 is Adam's"),
+        ({"momentum": 0.9}, r"optim\.momentum=0\.9 is SGD's"),
+    ],
+)
+def test_numbers_of_another_optimizer_are_refused(changed: dict[str, Any], message: str) -> None:
+    """SGD has no betas and no eps, Adam no momentum."""
+    optim = {**dataclasses.asdict(Optim()), **changed}
+    with pytest.raises(ValueError, match=message):
+        optimizer_factory(optim, device=torch.device("cpu"))
+
+
+def test_a_rate_of_0_is_refused() -> None:
+    """All factors are shares of it."""
+    with pytest.raises(ValueError, match=r"optim\.lr=0\.0 must be above 0"):
+        rates(optim={**TOY.optim, "lr": 0.0})
+
+
+@pytest.mark.parametrize("name", ["steps", "epochs", "log_every", "ckpt_every"])
+def test_negative_counts_are_refused(tmp_path: Path, name: str) -> None:
+    """0 may mean never; -1 means nothing."""
+    with pytest.raises(ValueError, match=f"{name}=-1 must be 0 or more"):
+        build_toy(tmp_path, f"--{name}", "-1")
+
+
+def test_hybrid_adam_is_found_without_the_booster_of_colossalai() -> None:
+    """Its package imports two others that are not installed, on a GPU with any booster."""
+    code = "from opensora_like.training.optim import hybrid_adam; print(hybrid_adam().__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=200)
+    assert done.stdout.endswith("HybridAdam\n"), done.stderr[-2000:]
+
+
+def test_all_groups_have_the_timeout_of_the_run() -> None:
+    """Those of tensor and sequence parallelism, of checkpoints and of signals as well as the group of all ranks."""
+    code = """
+import torch, torch.distributed as dist
+from opensora_like import runtime
+runtime.start(timeout_minutes=7.0)
+for group in (dist.group.WORLD, dist.new_group([0]), dist.new_group(backend="gloo")):
+    print(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=200)
+    assert done.stdout.split() == ["420.0"] * 3, done.stderr[-2000:]
