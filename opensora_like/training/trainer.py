@@ -113,7 +113,7 @@ def train(run: Run) -> bool:
                 weights = weights or run.weights_of(batch)
                 with booster.micro_batch(last=micro == schedule.accumulation_steps - 1):
                     loss = run.step_fn(batch)
-                    booster.backward(loss * weights[micro] / schedule.accumulation_steps)
+                    booster.backward(_spread_non_finite(loss) * weights[micro] / schedule.accumulation_steps)
                 seen.append((batch, loss.detach()))
             grad_norm = booster.step()
             if not math.isfinite(grad_norm):  # before anything is averaged, written or saved
@@ -136,6 +136,11 @@ def train(run: Run) -> bool:
                 meter.off_the_clock(run.watch.after_step)
         run.checkpoints.finish()
     return schedule.is_done(state)
+
+
+def _spread_non_finite(loss: Tensor) -> Tensor:
+    """`loss`; one that overflowed where its gradient did not gets a gradient of NaN, which all ranks see in the norm."""
+    return loss * (1 + 0 * loss.detach())
 
 
 def _advance(run: Run, *, first: Batch) -> None:

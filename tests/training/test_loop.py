@@ -130,6 +130,23 @@ def test_a_loss_that_is_not_finite_stops_before_any_harm(tmp_path: Path) -> None
     assert layout.step_of(saved[-1]) == run.state.step < healthy.state.step
 
 
+def test_an_infinite_loss_with_a_finite_gradient_stops_as_well(tmp_path: Path) -> None:
+    """Squares overflow before their gradients do."""
+    run = build_toy(tmp_path, "--steps", "3", "--ckpt-every", "0")
+    inner = run.step_fn
+
+    def overflowing(batch: Batch) -> torch.Tensor:
+        loss = inner(batch)
+        return loss + torch.tensor(float("inf")) if run.state.step == 1 else loss
+
+    run.step_fn = overflowing
+    from opensora_like.training.trainer import train
+
+    with pytest.raises(FloatingPointError, match=r"grad_norm is nan at step 2; .*\.mp4"):
+        train(run)
+    assert run.state.step == 1
+
+
 def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
     """A signal ends the run after the step in hand, with a checkpoint from which the same run goes on."""
     handler = signal.getsignal(signal.SIGTERM)
