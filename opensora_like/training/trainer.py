@@ -139,7 +139,7 @@ def train(run: Run) -> bool:
 
 
 def _spread_non_finite(loss: Tensor) -> Tensor:
-    """`loss`; one that overflowed where its gradient did not gets a gradient of NaN, which all ranks see in the norm."""
+    """`loss`; where it overflowed and its gradient did not, that becomes NaN, which all ranks see in the norm."""
     return loss * (1 + 0 * loss.detach())
 
 
