@@ -115,6 +115,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ORPHANED_SECONDS = 1.0  # until a reading process notices that its parent is gone
 
 
 def leave_stop_signals_to_parent() -> None:
@@ -122,7 +123,8 @@ def leave_stop_signals_to_parent() -> None:
 
     Launchers and schedulers tell whole groups of processes (torchrun, ``timeout``, Slurm), and a run whose readers are
     gone cannot make the step after which it saves. SIGTERM ends this process only if it comes from its parent, which
-    sends it at its own end and then waits.
+    sends it at its own end and then waits. A parent that was killed sends nothing: then this process ends by itself,
+    whatever it is doing, as it holds memory and the lock of the run's folder.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Python's handlers are not told who sent a signal. Blocked, it also breaks off no read of libav.
@@ -131,8 +133,10 @@ def leave_stop_signals_to_parent() -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    while os.getppid() == parent:
+        told = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_SECONDS)
+        if told is not None and told.si_pid == parent:
+            break
     os._exit(0)  # any other code is reported by the parent's DataLoader as an error
 
 
