@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from opensora_like.publish import NO_LOCKS
+
 
 def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Make a folder of files that is there whole or not at all.
@@ -61,7 +63,7 @@ def _locked(path: Path) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX)
             alone = True
         except OSError as problem:
-            if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if problem.errno not in NO_LOCKS:
                 raise
             alone = False
         yield alone
