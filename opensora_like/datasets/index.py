@@ -80,11 +80,22 @@ def _flush(folder: Path) -> None:
 
 
 def new_array(path: Path, dtype: type, num: int) -> np.ndarray:
-    """A .npy file of `num` zeros, mapped for writing; the pages that were written may leave memory at any time."""
+    """A .npy file of `num` zeros, mapped for writing; the pages that were written may leave memory at any time.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
     if num == 0:
         np.save(path, np.zeros(0, dtype))
         return np.zeros(0, dtype)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num,))
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num,))
+    with path.open("r+b") as file:
+        try:  # a page that is written where the disk is full ends the process by SIGBUS
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as problem:
+            reason = f"{problem.strerror} for {array.nbytes} bytes; make room and run again"
+            raise OSError(problem.errno, reason, str(path)) from problem
+    return array
 
 
 def open_array(path: Path) -> np.ndarray:
