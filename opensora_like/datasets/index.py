@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import glob
 import os
+import secrets
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from opensora_like.publish import NO_LOCKS
+
+Read = TypeVar("Read")
 
 
 def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -38,8 +42,8 @@ def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
     with _locked(folder.parent / ".lock") as alone:
         if folder.is_dir():
             return folder
-        staged = folder.parent / f".{folder.name}.{socket.gethostname()}.{os.getpid()}"
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*") if alone else [staged]:
+        staged = _hidden(folder)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*") if alone else []:
             shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
         staged.mkdir()
         try:
@@ -53,6 +57,28 @@ def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
     return folder
+
+
+def read_made(folder: Path, build: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:
+    """What `read` finds in a folder that `make_folder_once` made, though others may remove it at any time."""
+    try:
+        return read(make_folder_once(folder, build))
+    except FileNotFoundError:  # removed in between; who does so is epochs ahead, and does it once
+        return read(make_folder_once(folder, build))
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete what `make_folder_once` made; nobody sees a part of it. Others may be deleting or reading it, too."""
+    hidden = _hidden(folder)
+    with contextlib.suppress(FileNotFoundError):  # another process was first
+        folder.rename(hidden)
+    # what a file system keeps of files that are in use goes with the next one that is made
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _hidden(folder: Path) -> Path:
+    """A name that nobody else takes, and nobody reads."""
+    return folder.parent / f".{folder.name}.{secrets.token_hex(6)}"
 
 
 @contextmanager

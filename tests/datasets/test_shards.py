@@ -339,6 +339,27 @@ def test_workers_read_rows_at_the_same_time(source, start):
     assert sorted(found) == sorted([f"clips/{i}.mp4" for i in part] for part in parts)
 
 
+def test_a_plan_that_another_run_forgets_meanwhile_is_made_again(source, monkeypatch):
+    """Of the same order, some epochs ahead; and at no time is a plan there in part."""
+    table, mapped, shown = write_shards(source, num_shards=5), plan_module.Mapped, []
+    wanted = build_plan(table, BUCKETS, **OPTIONS, epoch=0).rows[:]
+
+    def open_late(path):
+        if not shown:
+            table.forget_epochs(path.parent.name.removesuffix("0"), before=1)
+        return mapped(path)
+
+    def remove(folder, **how):
+        shown.append(list(table.index_folder.glob("plan-*")))
+        rmtree(folder, **how)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    monkeypatch.setattr(plan_module, "Mapped", open_late)
+    np.testing.assert_array_equal(build_plan(table, BUCKETS, **OPTIONS, epoch=0).rows[:], wanted)
+    assert shown[0] == []
+
+
 def test_the_last_piece_is_not_lost():
     """Pieces of any size are cut into shards of one size, the last one smaller, and no row is lost."""
     tables = [pa.table({"a": list(range(start, start + n))}) for start, n in ((0, 3), (3, 10), (13, 1), (14, 6))]
