@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from opensora_like.publish import staged
 
@@ -47,6 +48,9 @@ class Runtime:
 def start(*, timeout_minutes: float = 30.0) -> Runtime:
     """Join the process group that torchrun describes; under plain python, a group of one.
 
+    Args:
+        timeout_minutes: after which whoever waits for another rank in vain raises, in this group and in all later ones.
+
     Raises:
         RuntimeError: more processes on this machine than GPUs, where there are GPUs.
     """
@@ -67,6 +71,8 @@ def start(*, timeout_minutes: float = 30.0) -> Runtime:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        # every group that we or a backend make later takes torch's own default, 10 minutes with NCCL, and not this one
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
