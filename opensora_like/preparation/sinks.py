@@ -190,7 +190,7 @@ class MetaSink:
         else:
             with staged(settings, shared=True) as draft:
                 draft.write_text(json.dumps(plain, indent=1))
-        lines = [line for journal in folder.glob("prepared.rank*.jsonl") for line in read_lines(journal)]
+        lines = [line for journal in folder.glob("prepared.rank*.jsonl") for line in store_files.read_lines(journal)]
         lines.sort(key=lambda line: line["time_ns"])  # a sample may have been made again, by another rank
         self._made = {line["name"]: line["digest"] for line in lines}
         self._journal = (folder / f"prepared.rank{rank:05d}.jsonl").open("a", encoding="utf-8")
@@ -241,11 +241,6 @@ class MetaSink:
 
     def close(self) -> None:
         self._journal.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of json lines; a last line that was cut off by a kill does not count."""
-    return [json.loads(line) for line in path.open(encoding="utf-8") if line.endswith("\n")]
 
 
 def forget_failures(folder: Path) -> None:
