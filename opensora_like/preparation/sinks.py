@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +21,10 @@ from opensora_like.datasets.meta_file import MetaClip, MetaFacts, read_meta, wri
 from opensora_like.datasets.video_io import VideoInfo
 from opensora_like.preparation.captions import Clip
 from opensora_like.preparation.frames import Pick
-from opensora_like.publish import is_draft, staged
+from opensora_like.publish import is_draft, staged, take_lock
+from opensora_like.runtime import Runtime, broadcast_text
 
-SETTINGS, NULL = "prepare.json", "null.safetensors"
+SETTINGS, NULL, LOCK = "prepare.json", "null.safetensors", ".lock"
 TEXT = "text"  # the name of the condition that the caption's embedding is
 
 
@@ -241,6 +243,31 @@ class MetaSink:
 
     def close(self) -> None:
         self._journal.close()
+
+
+def hold_folder(folder: Path, runtime: Runtime | None = None) -> AbstractContextManager:
+    """Let no other command fill `folder` meanwhile: the first to finish would remove what the other is writing.
+
+    Args:
+        runtime: where several processes fill it together; all call this.
+
+    Returns: what lets go of it at its end.
+
+    Raises:
+        ValueError: on all processes: another command is filling it, or it cannot be written.
+    """
+    lock, problem = nullcontext(), ""
+    if runtime is None or runtime.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(folder / LOCK)
+        except BlockingIOError:
+            problem = f"another command is filling {str(folder)!r}; wait for its end, or name another folder"
+        except OSError as error:  # the others are waiting to hear of it
+            problem = f"{str(folder)!r} cannot be written: {error}; make room, or name another folder"
+    if problem := problem if runtime is None else broadcast_text(problem):
+        raise ValueError(problem)
+    return lock
 
 
 def forget_failures(folder: Path) -> None:
