@@ -144,7 +144,7 @@ def _keys_in(index: Path) -> list[str]:
 
 def test_ranks_keep_the_null_embeddings_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither takes away what the other is about to publish."""
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=300)
     staged = store_files.staged
 
     @contextmanager
