@@ -105,6 +105,14 @@ def set_up_logging(runtime: Runtime, log_file: Path | None = None) -> None:
         logger.addHandler(handler)
 
 
+def patient_group() -> dist.ProcessGroup:
+    """All ranks, for a wait at the end of work whose parts are not equally long; over the CPU. All ranks call it.
+
+    Who dies does not let the others wait for so long: its connections end with it.
+    """
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=14))
+
+
 def broadcast_text(text: str) -> str:
     """Rank 0's text, on every rank."""
     box = [text]

@@ -162,6 +162,7 @@ def build_validation(request: Request, runtime: Runtime) -> Callable[[], None]:
             frozen = None if cached is None else _cached_frozen(cfg, cached, runtime)
             generator = VideoGenerator(cfg, runtime.device, frozen=frozen)
         finished = unfinished.pop_all()
+    patient = rt.patient_group()  # a rank may have a video more than another, which has none at all
 
     def work() -> None:
         with finished:
@@ -171,7 +172,7 @@ def build_validation(request: Request, runtime: Runtime) -> Callable[[], None]:
                 for job, file in zip(mine, files, strict=True)
             ]
             everyone: list[Any] = [None] * runtime.world_size
-            dist.all_gather_object(everyone, rows)
+            dist.all_gather_object(everyone, rows, group=patient)
         if runtime.is_main:
             order = {job.stem: number for number, job in enumerate(jobs)}
             joined = sorted((row for found in everyone for row in found), key=lambda row: order[Path(row["file"]).stem])

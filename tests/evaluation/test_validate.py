@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from opensora_like import runtime as rt
 from opensora_like.checkpoint import layout
@@ -163,6 +164,24 @@ def test_shards_are_the_whole_weights(prepared, weights: Path, tmp_path: Path) -
         found.append(videos(out))
         assert not list(out.glob(".joined*"))
     assert results(tmp_path / "0")["weights"]["kind"] == "sharded" and found[0] == found[1]
+
+
+def test_a_rank_without_prompts_waits_for_the_others(
+    prepared, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long their videos take: `timeout_minutes` is for who waits in vain."""
+    gather, waited = dist.all_gather_object, []
+
+    def note(found: list, own: object, group: dist.ProcessGroup) -> None:
+        waited.append(group._get_backend(torch.device("cpu")).options._timeout)
+        gather(found, own, group=group)
+
+    monkeypatch.setattr(dist, "all_gather_object", note)
+    validate(
+        str(CONFIG), "--meta_folder", str(prepared["store"]), "--output_dir", str(tmp_path), "--num_samples", "1",
+        "--checkpoint", str(weights / "epoch_0_step_999/consolidated_model.bin"),
+    )  # fmt: skip
+    assert waited and min(waited).days >= 1
 
 
 def test_commands_with_other_weights_may_share_a_folder(
