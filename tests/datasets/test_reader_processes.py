@@ -18,6 +18,7 @@ import itertools, multiprocessing, os, sys
 from opensora_like.runtime import StopSignal, start
 from tests.datasets.test_loader import Numbers, endless
 from opensora_like.datasets.loader import make_loader
+multiprocessing.set_start_method("forkserver")  # as Python 3.14 does by itself
 start()
 stop = StopSignal()
 stream = make_loader(Numbers(), endless(), num_workers=2, prefetch_factor=int(sys.argv[1]))
