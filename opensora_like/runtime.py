@@ -94,6 +94,7 @@ def set_up_logging(runtime: Runtime, log_file: Path | None = None) -> None:
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
+        handler.close()
     line = "%(asctime)s %(levelname)s %(message)s"
     if not runtime.is_main:
         line = f"%(asctime)s rank {runtime.rank} %(levelname)s %(message)s"
