@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -119,6 +119,24 @@ def broadcast_text(text: str) -> str:
     box = [text]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def found_by_main(find: Callable[[], Path]) -> Path:
+    """What rank 0 finds, on all ranks. A run that goes on publishes and removes checkpoints between two looks.
+
+    Raises:
+        FileNotFoundError: rank 0 raised it; on all ranks.
+    """
+    path, problem = "", ""
+    if dist.get_rank() == 0:
+        try:
+            path = str(find())
+        except FileNotFoundError as error:
+            problem = str(error)
+    path, problem = json.loads(broadcast_text(json.dumps([path, problem])))
+    if problem:
+        raise FileNotFoundError(problem)
+    return Path(path)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
