@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from opensora_like.publish import staged
 
@@ -47,6 +48,9 @@ class Runtime:
 def start(*, timeout_minutes: float = 30.0) -> Runtime:
     """Join the process group that torchrun describes; under plain python, a group of one.
 
+    Args:
+        timeout_minutes: after which whoever waits for another rank in vain raises, in this group and in all later ones.
+
     Raises:
         RuntimeError: more processes on this machine than GPUs, where there are GPUs.
     """
@@ -63,12 +67,12 @@ def start(*, timeout_minutes: float = 30.0) -> Runtime:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        # groups of fewer ranks, ours and those that libraries make, take this and not the timeout of all ranks
-        dist.distributed_c10d.default_pg_timeout = timeout
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        # every group that we or a backend make later takes torch's own default, 10 minutes with NCCL, and not this one
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     return Runtime(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
@@ -90,6 +94,7 @@ def set_up_logging(runtime: Runtime, log_file: Path | None = None) -> None:
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
+        handler.close()
     line = "%(asctime)s %(levelname)s %(message)s"
     if not runtime.is_main:
         line = f"%(asctime)s rank {runtime.rank} %(levelname)s %(message)s"
@@ -101,11 +106,37 @@ def set_up_logging(runtime: Runtime, log_file: Path | None = None) -> None:
         logger.addHandler(handler)
 
 
+def patient_group() -> dist.ProcessGroup:
+    """All ranks, for a wait at the end of work whose parts are not equally long; over the CPU. All ranks call it.
+
+    Who dies does not let the others wait for so long: its connections end with it.
+    """
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=14))
+
+
 def broadcast_text(text: str) -> str:
     """Rank 0's text, on every rank."""
     box = [text]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def found_by_main(find: Callable[[], Path]) -> Path:
+    """What rank 0 finds, on all ranks. A run that goes on publishes and removes checkpoints between two looks.
+
+    Raises:
+        FileNotFoundError: rank 0 raised it; on all ranks.
+    """
+    path, problem = "", ""
+    if dist.get_rank() == 0:
+        try:
+            path = str(find())
+        except FileNotFoundError as error:
+            problem = str(error)
+    path, problem = json.loads(broadcast_text(json.dumps([path, problem])))
+    if problem:
+        raise FileNotFoundError(problem)
+    return Path(path)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -117,6 +148,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ORPHANED_SECONDS = 1.0  # until a reading process notices that its parent is gone
 
 
 @contextlib.contextmanager
@@ -135,7 +167,8 @@ def leave_stop_signals_to_parent() -> None:
 
     Launchers and schedulers tell whole groups of processes (torchrun, ``timeout``, Slurm), and a run whose readers are
     gone cannot make the step after which it saves. SIGTERM ends this process only if it comes from its parent, which
-    sends it at its own end and then waits.
+    sends it at its own end and then waits. A parent that was killed sends nothing: then this process ends by itself,
+    whatever it is doing, as it holds memory and the lock of the run's folder.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Python's handlers are not told who sent a signal. Blocked, it also breaks off no read of libav.
@@ -144,8 +177,10 @@ def leave_stop_signals_to_parent() -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    while os.getppid() == parent:
+        told = signal.sigtimedwait({signal.SIGTERM}, ORPHANED_SECONDS)
+        if told is not None and told.si_pid == parent:
+            break
     os._exit(0)  # any other code is reported by the parent's DataLoader as an error
 
 

@@ -40,12 +40,12 @@ def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
 
 def test_shared_targets_have_drafts_of_their_own(tmp_path: Path) -> None:
     """Two that publish the same file at once each write their own, and both succeed."""
-    target, both = tmp_path / "one.bin", threading.Barrier(2)
+    target, both = tmp_path / "one.bin", threading.Barrier(2, timeout=300)
 
     def publish(content: bytes) -> None:
         with staged(target, shared=True) as draft:
             draft.write_bytes(content)
-            both.wait(timeout=60)
+            both.wait()
 
     threads = [threading.Thread(target=publish, args=(bytes([n]) * 1000,)) for n in range(2)]
     for thread in threads:

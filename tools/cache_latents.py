@@ -162,6 +162,7 @@ def prepare_videos(arguments: list[str]) -> Work:
         missing=given.missing_caption,
     )
     from opensora_like.preparation import run
+    from opensora_like.preparation.sinks import hold_folder
 
     autoencoder, text_encoder = run.sections_of(
         given.model, autoencoder=given.autoencoder, text_encoder=given.text_encoder
@@ -187,8 +188,14 @@ def prepare_videos(arguments: list[str]) -> Work:
     )
     runtime, device = start(given.device)
     recipe, fingerprint = run.build_recipe(job, device)
+    held = hold_folder(job.output_folder, runtime)
     sink = run.open_sink(job, fingerprint, rank=runtime.rank, world_size=runtime.world_size)
-    return lambda: run.prepare(job, recipe, fingerprint, sink, runtime)
+
+    def work() -> int:
+        with held:
+            return run.prepare(job, recipe, fingerprint, sink, runtime)
+
+    return work
 
 
 def start(device: str | None) -> tuple[Runtime, torch.device]:
@@ -214,6 +221,7 @@ def prepare_conversion(given: argparse.Namespace, parser: argparse.ArgumentParse
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--from_meta encodes nothing; run it in one process")
     from opensora_like.preparation import from_meta, run
+    from opensora_like.preparation.sinks import hold_folder
 
     from_meta.meta_files(given.from_meta)
     sections = None
@@ -223,9 +231,11 @@ def prepare_conversion(given: argparse.Namespace, parser: argparse.ArgumentParse
         sections[0].update({"use_tiling": True} if given.tiling else {})
         sections[1].update({"dtype": given.text_dtype})
     made_by, null = from_meta.provenance(given.from_meta, sections)
+    held = hold_folder(given.output_folder)
 
     def work() -> int:
-        counts = from_meta.convert(given.from_meta, given.output_folder, made_by, null)
+        with held:
+            counts = from_meta.convert(given.from_meta, given.output_folder, made_by, null)
         print(f"{given.output_folder}: {counts.made} samples made, {counts.kept} there already, {counts.failed} failed")
         return 0 if counts.made + counts.kept else 1
 
@@ -284,13 +294,16 @@ def prepare_table(arguments: list[str]) -> Work:
     if command.is_done:
         return lambda: 0
     from opensora_like import runtime as rt
+    from opensora_like.preparation.sinks import hold_folder
     from opensora_like.preparation.table import cache_table
 
     runtime = rt.start(timeout_minutes=command.config.timeout_minutes)
     rt.set_up_logging(runtime)
+    held = hold_folder(given.out, runtime)
 
     def work() -> int:
-        made = cache_table(command.config, given.out, epochs=given.cache_epochs, batch_size=given.cache_batch_size)
+        with held:
+            made = cache_table(command.config, given.out, epochs=given.cache_epochs, batch_size=given.cache_batch_size)
         if runtime.is_main:
             print(f"{given.out}: {json.dumps(made._asdict())}")
             if given.verify:

@@ -1,4 +1,4 @@
-"""Imports ColossalAI without two packages that it asks for and that nothing here uses."""
+"""Imports ColossalAI without two packages that it asks for and that nothing here uses, and leaves torch as it was."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ NAGGING = (  # about packages that we do not need; matched against the start of 
 )
 # torch says so of two collectives at each first call; base.txt keeps torch below the version without them
 RENAMED = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+# puts kernels of torch 1.12 for tensors on meta in the place of torch's own, in the whole process; their backward of a
+# layer norm without bias fails
+STALE_KERNELS = "colossalai._analyzer._subclasses._meta_registration"
 INSTALL = "pip install --no-deps -r requirements/colossalai.txt"
 
 
@@ -35,6 +38,7 @@ def import_colossalai(where: str = "booster.type='colossalai'", instead: str = "
         import peft  # noqa: F401  # first: it looks for the real bitsandbytes, and remembers
         import transformers  # noqa: F401
 
+        sys.modules.setdefault(STALE_KERNELS, types.ModuleType(STALE_KERNELS))  # for good: it is imported in two places
         with warnings.catch_warnings(), stand_ins():
             for message in NAGGING:
                 warnings.filterwarnings("ignore", message=message, category=UserWarning)

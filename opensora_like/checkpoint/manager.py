@@ -224,7 +224,8 @@ class CheckpointManager:
         Raises:
             FileNotFoundError: there is none.
         """
-        found = layout.complete_checkpoints(self.run)
+        # of rank 0: a shared disk may show the others what was there a minute ago
+        found = of_all_ranks(layout.complete_checkpoints(self.run), self._group)[0]
         for folder in reversed(found):
             try:
                 return load(folder)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import glob
 import os
+import secrets
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+
+from opensora_like.publish import NO_LOCKS
+
+Read = TypeVar("Read")
 
 
 def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -36,8 +42,8 @@ def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
     with _locked(folder.parent / ".lock") as alone:
         if folder.is_dir():
             return folder
-        staged = folder.parent / f".{folder.name}.{socket.gethostname()}.{os.getpid()}"
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*") if alone else [staged]:
+        staged = _hidden(folder)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*") if alone else []:
             shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
         staged.mkdir()
         try:
@@ -53,6 +59,28 @@ def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
+def read_made(folder: Path, build: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:
+    """What `read` finds in a folder that `make_folder_once` made, though others may remove it at any time."""
+    try:
+        return read(make_folder_once(folder, build))
+    except FileNotFoundError:  # removed in between; who does so is epochs ahead, and does it once
+        return read(make_folder_once(folder, build))
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete what `make_folder_once` made; nobody sees a part of it. Others may be deleting or reading it, too."""
+    hidden = _hidden(folder)
+    with contextlib.suppress(FileNotFoundError):  # another process was first
+        folder.rename(hidden)
+    # what a file system keeps of files that are in use goes with the next one that is made
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _hidden(folder: Path) -> Path:
+    """A name that nobody else takes, and nobody reads."""
+    return folder.parent / f".{folder.name}.{secrets.token_hex(6)}"
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Wait for the lock. Gives: False where the file system has none."""
@@ -61,7 +89,7 @@ def _locked(path: Path) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX)
             alone = True
         except OSError as problem:
-            if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if problem.errno not in NO_LOCKS:
                 raise
             alone = False
         yield alone
@@ -78,11 +106,22 @@ def _flush(folder: Path) -> None:
 
 
 def new_array(path: Path, dtype: type, num: int) -> np.ndarray:
-    """A .npy file of `num` zeros, mapped for writing; the pages that were written may leave memory at any time."""
+    """A .npy file of `num` zeros, mapped for writing; the pages that were written may leave memory at any time.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
     if num == 0:
         np.save(path, np.zeros(0, dtype))
         return np.zeros(0, dtype)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num,))
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num,))
+    with path.open("r+b") as file:
+        try:  # a page that is written where the disk is full ends the process by SIGBUS
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as problem:
+            reason = f"{problem.strerror} for {array.nbytes} bytes; make room and run again"
+            raise OSError(problem.errno, reason, str(path)) from problem
+    return array
 
 
 def open_array(path: Path) -> np.ndarray:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from opensora_like.datasets import store_files as files
 from opensora_like.datasets.store_files import Shard
-from opensora_like.publish import staged
+from opensora_like.publish import is_draft, staged
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -178,7 +178,7 @@ def finish(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"store {str(folder)!r} has no complete shard; see failures.rank*.jsonl there")
     for file in folder.iterdir():
         orphan = file.suffix == ".safetensors" and file.name != NULL and not file.with_suffix(".parquet").exists()
-        if file.name.startswith(".") or orphan:
+        if is_draft(file) or orphan:
             file.unlink()
     fingerprint, shards = json.loads(found[0].schema.metadata[files.FINGERPRINT]), []
     for index in found:

@@ -62,6 +62,8 @@ def read_ahead(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
+        # whatever the default: forks share the table's memory, and have no thread yet that takes a signal
+        multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else it draws a seed from the process' own generator
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from opensora_like.datasets.bucket import Buckets, BucketShape
 from opensora_like.datasets.drops import EmptyPlan, assign_rows, why_empty
-from opensora_like.datasets.index import Mapped, make_folder_once, new_array
+from opensora_like.datasets.index import Mapped, new_array, read_made
 from opensora_like.datasets.lazy import Column, Pieces
 from opensora_like.datasets.row_index import DrawnRows, RowIndex, build_row_index, draw_rows, in_memory, leave_out
 from opensora_like.datasets.shards import ShardedTable
@@ -234,13 +234,13 @@ def _plan_on_disk(
             raise EmptyPlan(why_empty(table, buckets, ids, fps_max=fps_max, epoch=epoch))
         np.save(folder / "bounds.npy", drawn.bounds)
 
-    folder = make_folder_once(table.index_folder / f"plan-{key[:16]}-{epoch}", build)
+    folder = table.index_folder / f"plan-{key[:16]}-{epoch}"
+    drawn = read_made(folder, build, lambda f: DrawnRows(Mapped(f / "drawn.npy"), np.load(f / "bounds.npy")))
     table.forget_epochs(f"plan-{key[:16]}-", before=epoch - 1)
-    drawn = DrawnRows(Mapped(folder / "drawn.npy"), np.load(folder / "bounds.npy"))
     rows = ShuffledRows(index.settled, index.bounds, drawn, seed=seed, epoch=epoch)
     order = BatchOrder.cut(rows.bounds, buckets, seed=seed, epoch=epoch, shuffle=True)
-    pieces = Pieces(len(order), PIECE, order.of)
-    return EpochPlan(epoch, buckets, rows, rows.bounds, pieces.column(0), pieces.column(1), key)
+    starts, bucket_ids = map(Pieces(len(order), PIECE, order.of).column, range(2))
+    return EpochPlan(epoch, buckets, rows, rows.bounds, starts, bucket_ids, key)
 
 
 def order_key(

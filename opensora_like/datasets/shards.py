@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import pyarrow as pa
 
 from opensora_like.datasets.bucket import Buckets
 from opensora_like.datasets.classes import RowClasses
-from opensora_like.datasets.index import Mapped, make_folder_once, new_array, open_array
+from opensora_like.datasets.index import Mapped, make_folder_once, new_array, open_array, remove_folder
 from opensora_like.datasets.row_index import RowIndex, build_row_index
 from opensora_like.datasets.table import COUNTS, Fingerprint, present_values, row_numbers
 
@@ -162,7 +161,7 @@ class ShardedTable:
         for folder in self.index_folder.glob(f"{prefix}*"):
             epoch = folder.name.removeprefix(prefix)
             if epoch.isdecimal() and int(epoch) < before:
-                shutil.rmtree(folder, ignore_errors=True)  # another process of the machine may be doing the same
+                remove_folder(folder)
 
     def verify(self) -> None:
         """Read every shard and compare its rows with the manifest.

@@ -73,8 +73,21 @@ def read_indexes(folder: Path) -> Iterator[pa.Table]:
 
 def read_failures(folder: Path) -> list[dict[str, str]]:
     """What `StoreWriter.fail` wrote down, of all processes and runs: key and reason."""
-    lines = [line for file in sorted(folder.glob("failures.rank*.jsonl")) for line in file.open(encoding="utf-8")]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [line for file in sorted(folder.glob("failures.rank*.jsonl")) for line in read_lines(file)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of json lines that is appended to.
+
+    A line that a kill or a full disk cut off does not count, nor does what a later run wrote behind it.
+    """
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
 
 
 def check_size(path: Path, shard: Shard) -> None:

@@ -39,14 +39,13 @@ def plan(cfg: InferenceConfig, runtime: Runtime) -> list[Job]:
 
     Raises:
         ValueError: prompts that contradict each other or the task, a file made with other settings, a reference or a
-            language model that fails.
-        FileNotFoundError: a csv or a reference that is not there.
+            language model that fails, a csv or a reference that is not there, a folder that cannot be written.
     """
     box = {}
     if runtime.is_main:
         try:
             box["jobs"] = [dataclasses.asdict(job.prompt) | {"repeat": job.repeat} for job in _plan(cfg)]
-        except (ValueError, FileNotFoundError) as problem:
+        except (ValueError, OSError) as problem:  # the others are waiting to hear of it
             box["problem"] = str(problem)
     box = json.loads(rt.broadcast_text(json.dumps(box)))
     if "problem" in box:

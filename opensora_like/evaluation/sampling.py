@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from opensora_like import runtime as rt
 from opensora_like.boosters.sequence_parallel import SequenceGroup
+from opensora_like.checkpoint.weights import newest_of
 from opensora_like.datasets.resize import to_frames
 from opensora_like.datasets.video_writing import write_image, write_video
 from opensora_like.evaluation.first_image import make_first_images, with_first_image
@@ -35,6 +38,9 @@ def build_sampling(cfg: InferenceConfig, runtime: Runtime) -> Callable[[], list[
         ValueError, FileNotFoundError: as `plan`, `make_first_images` and `VideoGenerator`.
     """
     sequence = join_group(cfg, runtime)
+    if cfg.ckpt_path:  # that of a run may be another one a moment later
+        newest = rt.found_by_main(lambda: newest_of(Path(cfg.ckpt_path), "ckpt_path"))
+        cfg = dataclasses.replace(cfg, ckpt_path=str(newest))
     jobs = plan(cfg, runtime)
     if not jobs:
         logger.info("nothing to do in %r", cfg.save_dir)

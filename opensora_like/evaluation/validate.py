@@ -6,9 +6,11 @@ import csv
 import dataclasses
 import io
 import json
+import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,20 +155,24 @@ def build_validation(request: Request, runtime: Runtime) -> Callable[[], None]:
     """
     cached, jobs = _read_jobs(request)
     mine = jobs[runtime.rank :: runtime.world_size]
-    cfg = _with_weights(request, runtime)
     generator = None
-    if mine:
-        frozen = None if cached is None else _cached_frozen(cfg, cached, runtime)
-        generator = VideoGenerator(cfg, runtime.device, frozen=frozen)
+    with ExitStack() as unfinished:
+        cfg = _with_weights(request, runtime, unfinished)
+        if mine:
+            frozen = None if cached is None else _cached_frozen(cfg, cached, runtime)
+            generator = VideoGenerator(cfg, runtime.device, frozen=frozen)
+        finished = unfinished.pop_all()
+    patient = rt.patient_group()  # a rank may have a video more than another, which has none at all
 
     def work() -> None:
-        files = save_samples(generator, mine) if generator is not None else []
-        rows = [
-            {"name": job.prompt.name, "text": job.prompt.text, "file": file.name, "seed": cfg.seed + job.repeat}
-            for job, file in zip(mine, files, strict=True)
-        ]
-        everyone: list[Any] = [None] * runtime.world_size
-        dist.all_gather_object(everyone, rows)
+        with finished:
+            files = save_samples(generator, mine) if generator is not None else []
+            rows = [
+                {"name": job.prompt.name, "text": job.prompt.text, "file": file.name, "seed": cfg.seed + job.repeat}
+                for job, file in zip(mine, files, strict=True)
+            ]
+            everyone: list[Any] = [None] * runtime.world_size
+            dist.all_gather_object(everyone, rows, group=patient)
         if runtime.is_main:
             order = {job.stem: number for number, job in enumerate(jobs)}
             joined = sorted((row for found in everyone for row in found), key=lambda row: order[Path(row["file"]).stem])
@@ -204,8 +210,12 @@ def _occurrences(cached: CachedPrompts) -> list[int]:
     return counts
 
 
-def _with_weights(request: Request, runtime: Runtime) -> InferenceConfig:
-    """The config with what was found in the place of weights; the same on every process."""
+def _with_weights(request: Request, runtime: Runtime, at_the_end: ExitStack) -> InferenceConfig:
+    """The config with what was found in the place of weights; the same on every process.
+
+    Args:
+        at_the_end: removes the file that sharded weights are joined in.
+    """
     cfg, weights = request.config, request.weights
     if weights is None:
         return cfg
@@ -216,13 +226,15 @@ def _with_weights(request: Request, runtime: Runtime) -> InferenceConfig:
         return dataclasses.replace(cfg, ckpt_path=str(weights.path), use_ema=weights.kind == "ema")
     path = weights.path
     if weights.kind == "sharded":
-        path = Path(cfg.save_dir) / ".joined.pt"
+        # a name of its own: another command may be sampling other weights into the same folder
+        path = Path(cfg.save_dir) / f".joined-{rt.broadcast_text(secrets.token_hex(4))}.pt"
         problem = ""
         if runtime.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            at_the_end.callback(path.unlink, missing_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 join_shards(weights.path, path)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 problem = str(error)
         if problem := rt.broadcast_text(problem):
             raise ValueError(problem)
@@ -247,7 +259,6 @@ def _cached_frozen(cfg: InferenceConfig, cached: CachedPrompts, runtime: Runtime
 def _write_results(request: Request, cfg: InferenceConfig, rows: Sequence[dict[str, Any]]) -> None:
     """What was made with which weights, for programs, for tables and for people."""
     folder, weights = Path(cfg.save_dir), request.weights
-    (folder / ".joined.pt").unlink(missing_ok=True)
     kind = "base" if weights is None else weights.kind
     source = cfg.model.get("from_pretrained") if weights is None else str(weights.path)
     made_with = {"kind": kind, "path": source, "step": None if weights is None else weights.step}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +21,10 @@ from opensora_like.datasets.meta_file import MetaClip, MetaFacts, read_meta, wri
 from opensora_like.datasets.video_io import VideoInfo
 from opensora_like.preparation.captions import Clip
 from opensora_like.preparation.frames import Pick
-from opensora_like.publish import is_draft, staged
+from opensora_like.publish import is_draft, staged, take_lock
+from opensora_like.runtime import Runtime, broadcast_text
 
-SETTINGS, NULL = "prepare.json", "null.safetensors"
+SETTINGS, NULL, LOCK = "prepare.json", "null.safetensors", ".lock"
 TEXT = "text"  # the name of the condition that the caption's embedding is
 
 
@@ -190,7 +192,7 @@ class MetaSink:
         else:
             with staged(settings, shared=True) as draft:
                 draft.write_text(json.dumps(plain, indent=1))
-        lines = [line for journal in folder.glob("prepared.rank*.jsonl") for line in read_lines(journal)]
+        lines = [line for journal in folder.glob("prepared.rank*.jsonl") for line in store_files.read_lines(journal)]
         lines.sort(key=lambda line: line["time_ns"])  # a sample may have been made again, by another rank
         self._made = {line["name"]: line["digest"] for line in lines}
         self._journal = (folder / f"prepared.rank{rank:05d}.jsonl").open("a", encoding="utf-8")
@@ -243,9 +245,29 @@ class MetaSink:
         self._journal.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of json lines; a last line that was cut off by a kill does not count."""
-    return [json.loads(line) for line in path.open(encoding="utf-8") if line.endswith("\n")]
+def hold_folder(folder: Path, runtime: Runtime | None = None) -> AbstractContextManager:
+    """Let no other command fill `folder` meanwhile: the first to finish would remove what the other is writing.
+
+    Args:
+        runtime: where several processes fill it together; all call this.
+
+    Returns: what lets go of it at its end.
+
+    Raises:
+        ValueError: on all processes: another command is filling it, or it cannot be written.
+    """
+    lock, problem = nullcontext(), ""
+    if runtime is None or runtime.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(folder / LOCK)
+        except BlockingIOError:
+            problem = f"another command is filling {str(folder)!r}; wait for its end, or name another folder"
+        except OSError as error:  # the others are waiting to hear of it
+            problem = f"{str(folder)!r} cannot be written: {error}; make room, or name another folder"
+    if problem := problem if runtime is None else broadcast_text(problem):
+        raise ValueError(problem)
+    return lock
 
 
 def forget_failures(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +35,6 @@ from opensora_like.training.data_checks import build_outline
 from opensora_like.training.held_out_loss import hold_out
 
 LOG_EVERY = 100  # batches of rank 0
-PATIENCE = datetime.timedelta(days=14)
 
 
 class Summary(NamedTuple):
@@ -83,7 +81,7 @@ def cache_table(cfg: RunConfig, folder: Path, *, epochs: int = 1, batch_size: in
     fingerprint = _fingerprint(cfg, dataset, autoencoder, encode)
     work = _Work(cfg, dataset, runtime, epochs=epochs, batch_size=batch_size)
     # at the end one rank may wait longer for another's slow clips than what is a fault in training
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if runtime.world_size > 1 else None
+    patient = rt.patient_group() if runtime.world_size > 1 else None
     with StoreWriter(folder, fingerprint=fingerprint, rank=runtime.rank, world_size=runtime.world_size) as writer:
         if runtime.is_main:
             writer.add_null({name: encoder.encode([""])[0] for name, encoder in encoders.items()})

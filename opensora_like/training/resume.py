@@ -14,7 +14,7 @@ from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.weights import LoadReport
 from opensora_like.config import read_config
 from opensora_like.datasets.plan import EpochPlan, steps_in_epoch
-from opensora_like.runtime import logger
+from opensora_like.runtime import found_by_main, logger
 from opensora_like.settings import RunConfig
 
 
@@ -41,7 +41,9 @@ def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, 
         logger.info("loaded %s: step %d epoch %d micro_batch %d", source, state.step, state.epoch, state.micro_batch)
         return state
 
-    return checkpoints.newest_intact(load) if cfg.load == "latest" else load(layout.find_checkpoint(cfg.load, folder))
+    if cfg.load == "latest":
+        return checkpoints.newest_intact(load)
+    return load(found_by_main(lambda: layout.find_checkpoint(cfg.load, folder)))
 
 
 def check_frozen(cfg: RunConfig, source: Path) -> None:

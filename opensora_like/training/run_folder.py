@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from pathlib import Path
 from typing import TextIO
@@ -10,6 +9,7 @@ from typing import TextIO
 from opensora_like import runtime as rt
 from opensora_like.checkpoint import layout
 from opensora_like.config import config_text
+from opensora_like.publish import staged, take_lock
 from opensora_like.runtime import Runtime
 from opensora_like.settings import RunConfig
 
@@ -29,29 +29,32 @@ def open_run_folder(cfg: RunConfig, runtime: Runtime, config_name: str) -> tuple
     Returns: the folder, and on rank 0 its lock: an open file; whoever holds it owns the folder.
 
     Raises:
-        ValueError: ``load='latest'`` without a name, a folder in use, or one with checkpoints and no ``load``.
+        ValueError: on every rank: ``load='latest'`` without a name, a folder in use, one with checkpoints and no
+            ``load``, or one that cannot be written.
     """
     if cfg.load == "latest" and not cfg.exp_name:
         raise ValueError("load='latest' looks in the run's own folder; say which with --exp-name")
     folder = Path(cfg.outputs) / rt.broadcast_text(run_name(cfg, config_name))
     lock, problem = None, ""
     if runtime.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-        problem = _occupied(folder, lock, is_new=cfg.load is None)
-        if not problem:
-            (folder / "config.py").write_text(config_text(cfg))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(folder / ".lock")
+            problem = _recovered(folder, is_new=cfg.load is None)
+            if not problem:
+                with staged(folder / "config.py") as draft:  # who samples may be reading that of the last start
+                    draft.write_text(config_text(cfg))
+        except BlockingIOError:
+            problem = f"another run is training in {str(folder)!r}; stop it, or choose another --exp-name"
+        except OSError as error:  # the others are waiting to hear of it
+            problem = f"outputs={cfg.outputs!r} cannot be written: {error}; make room, or choose another --outputs"
     if problem := rt.broadcast_text(problem):
         raise ValueError(problem)
     return folder, lock
 
 
-def _occupied(folder: Path, lock: TextIO, *, is_new: bool) -> str:
-    """Take the folder. Returns: what is wrong, "" if nothing."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return f"another run is training in {str(folder)!r}; stop it, or choose another --exp-name"
+def _recovered(folder: Path, *, is_new: bool) -> str:
+    """Undo what a kill left half done. Returns: why the folder is not this run's, "" if it is."""
     layout.recover(folder)
     found = layout.complete_checkpoints(folder)
     if found and is_new:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from opensora_like import runtime as rt
 from opensora_like.boosters.base import Booster
-from opensora_like.checkpoint.files import write_text
 from opensora_like.checkpoint.manager import TrainState
 from opensora_like.conditioning.encode import Encode
 from opensora_like.datasets.base import ClipDataset
@@ -160,7 +159,8 @@ class Watch:
         if self._is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
             _save(numbers, self._base)
-            write_text(file, json.dumps(self._facts, indent=1))
+            with staged(file) as draft:  # half a file would be in the way of every later start
+                draft.write_text(json.dumps(self._facts, indent=1))
         logger.info("validation clips %d noise_levels %d loss of the base %.5f", *self._base.shape, self._base.mean())
 
     def begin(self, step: int, writers: Sequence[MetricWriter], *, is_last: bool) -> None:

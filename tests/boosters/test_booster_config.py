@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opensora_like.boosters import layout
-from opensora_like.boosters.colossalai_import import OPTIONAL, stand_ins
+from opensora_like.boosters.colossalai_import import OPTIONAL, import_colossalai, stand_ins
 from opensora_like.boosters.colossalai_options import read_hybrid_options, read_options
 from opensora_like.boosters.update import OptimizerState
 from opensora_like.registry import BOOSTERS, build
@@ -193,3 +193,11 @@ def test_placeholders_are_there_only_while_needed():
                 base()
             assert not hasattr(sys.modules[name], "__version__")
     assert dict(sys.modules) == before
+
+
+def test_torch_keeps_its_kernels_for_meta():
+    """ColossalAI brings its own for the whole process, which fail where a layer norm has no bias."""
+    import_colossalai()
+    norm = nn.LayerNorm(8, bias=False, device="meta")
+    norm(torch.empty(2, 8, device="meta", requires_grad=True)).sum().backward()
+    assert norm.weight.grad.shape == (8,)

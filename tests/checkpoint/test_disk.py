@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,3 +106,15 @@ def test_a_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
                 make_manager(tmp_path).load(folder)
             file.write_bytes(content)
     assert manager.load(folder).step == 1
+
+
+def test_an_index_that_a_full_disk_cannot_take_is_an_error(small_disk: Path) -> None:
+    """Its files are mapped, so that the process would end by a signal where a page finds no room."""
+    program = (
+        "from opensora_like.datasets.index import make_folder_once, new_array\n"
+        f"from pathlib import Path\nfolder = Path({str(small_disk)!r})\n"
+        "make_folder_once(folder / 'index', lambda made: new_array(made / 'a.npy', int, 2**20).fill(1))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "No space left on device for 8388608 bytes" in done.stderr
+    assert [file.name for file in small_disk.iterdir()] == [".lock"]

@@ -18,6 +18,7 @@ from opensora_like.checkpoint.files import write_safetensors
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.pieces import PieceReader
 from tests.checkpoint.one_process import make_manager
+from tests.distributed.programs import found_by
 
 
 def masters(manager: CheckpointManager) -> dict[str, torch.Tensor]:
@@ -182,3 +183,8 @@ def test_tensornvme_is_called_by_its_contract(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "lost", tensors, nvme_writer=LosesOne)
     with pytest.raises(OSError, match="Errno 2"):
         write_safetensors(tmp_path / "no" / "folder", tensors, nvme_writer=StandIn)
+
+
+def test_ranks_load_what_the_first_of_them_sees(tmp_path: Path) -> None:
+    """A shared disk shows the others what was there before, and a run that goes on publishes between two looks."""
+    assert found_by("one_view_cases", tmp_path) == {"latest": [2, 2], "run": [2, 2]}

@@ -144,7 +144,7 @@ def _keys_in(index: Path) -> list[str]:
 
 def test_ranks_keep_the_null_embeddings_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither takes away what the other is about to publish."""
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=300)
     staged = store_files.staged
 
     @contextmanager
@@ -218,6 +218,18 @@ def test_failures_are_listed_and_counted(tmp_path: Path) -> None:
     check_entries(tmp_path, KEYS[:2])
     with (tmp_path / "failures.rank00000.jsonl").open() as file:
         assert len(file.readlines()) == 2
+
+
+def test_a_line_that_a_full_disk_cut_off_stops_nothing(tmp_path: Path) -> None:
+    """Nor does what the next run wrote behind it; of the list of failures only these two are lost."""
+    writer = write(tmp_path, KEYS[:1])
+    writer.fail("a", "\u2028 is no end of a line")
+    with (tmp_path / "failures.rank00000.jsonl").open("a") as file:
+        file.write('{"key": "b", "rea')
+    for key in ("c", "d"):
+        writer.fail(key, "bad")
+    assert [failure["key"] for failure in store_files.read_failures(tmp_path)] == ["a", "d"]
+    assert finish(tmp_path)["num_failures"] == 2
 
 
 @pytest.mark.parametrize(

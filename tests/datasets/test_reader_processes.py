@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,9 +18,10 @@ import itertools, multiprocessing, os, sys
 from opensora_like.runtime import StopSignal, start
 from tests.datasets.test_loader import Numbers, endless
 from opensora_like.datasets.loader import make_loader
+multiprocessing.set_start_method("forkserver")  # as Python 3.14 does by itself
 start()
 stop = StopSignal()
-stream = make_loader(Numbers(), endless(), num_workers=2, prefetch_factor=1)
+stream = make_loader(Numbers(), endless(), num_workers=2, prefetch_factor=int(sys.argv[1]))
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 sys.stdin.readline()
 print(*(batch.index for batch in itertools.islice(stream, 9)), stop.received, flush=True)
@@ -27,10 +29,10 @@ print(*(batch.index for batch in itertools.islice(stream, 9)), stop.received, fl
 
 
 @pytest.fixture
-def reading() -> subprocess.Popen:
-    """A process at the beginning of a stream, the leader of a group."""
+def reading(request: pytest.FixtureRequest) -> subprocess.Popen:
+    """A process at the beginning of a stream, the leader of a group. Args: param: micro-batches that are read ahead."""
     started = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, str(getattr(request, "param", 1))],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
@@ -40,7 +42,7 @@ def reading() -> subprocess.Popen:
         start_new_session=True,
     )
     yield started
-    if started.poll() is None:
+    with contextlib.suppress(ProcessLookupError):  # all have ended
         os.killpg(started.pid, signal.SIGKILL)
     started.communicate()
 
@@ -63,3 +65,11 @@ def test_readers_go_on_when_the_group_is_told_to_stop(reading: subprocess.Popen)
     assert reading.returncode == 0 and not errors, errors
     assert told.split() == [*"012012012", str(int(signal.SIGTERM))]
     assert not [pid for pid in readers if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("reading", [3000], indirect=True)
+def test_readers_of_a_killed_process_end(reading: subprocess.Popen) -> None:
+    """Though what they have read fills a pipe that nobody empties; SIGTERM of others is nothing to them."""
+    reading.stdout.readline()
+    reading.kill()
+    reading.communicate(timeout=120)  # its output ends with the last process that has it

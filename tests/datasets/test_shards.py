@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import os
 import pickle
 import shutil
 
@@ -333,10 +334,39 @@ def test_workers_read_rows_at_the_same_time(source, start):
     workers = [context.Process(target=_read_rows, args=(table, part, queue)) for part in parts]
     for worker in workers:
         worker.start()
-    found = [queue.get(timeout=60) for _ in workers]
+    found = [queue.get(timeout=300) for _ in workers]
     for worker in workers:
         worker.join()
     assert sorted(found) == sorted([f"clips/{i}.mp4" for i in part] for part in parts)
+
+
+def test_two_commands_of_one_process_id_do_not_meet(source):
+    """In containers all have the same, and one that was killed leaves what it was writing."""
+    other = source.parent / f".{source.stem}.{os.getpid()}"
+    other.mkdir()
+    write_shards(source, num_shards=2)
+    assert other.is_dir()
+
+
+def test_a_plan_that_another_run_forgets_meanwhile_is_made_again(source, monkeypatch):
+    """Of the same order, some epochs ahead; and at no time is a plan there in part."""
+    table, mapped, shown = write_shards(source, num_shards=5), plan_module.Mapped, []
+    wanted = build_plan(table, BUCKETS, **OPTIONS, epoch=0).rows[:]
+
+    def open_late(path):
+        if not shown:
+            table.forget_epochs(path.parent.name.removesuffix("0"), before=1)
+        return mapped(path)
+
+    def remove(folder, **how):
+        shown.append(list(table.index_folder.glob("plan-*")))
+        rmtree(folder, **how)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    monkeypatch.setattr(plan_module, "Mapped", open_late)
+    np.testing.assert_array_equal(build_plan(table, BUCKETS, **OPTIONS, epoch=0).rows[:], wanted)
+    assert shown[0] == []
 
 
 def test_the_last_piece_is_not_lost():

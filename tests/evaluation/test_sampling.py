@@ -234,6 +234,13 @@ def test_mistakes_are_named_before_anything_is_loaded(
     assert not list(tmp_path.glob("out/*.mp4"))
 
 
+def test_a_folder_that_cannot_be_written_is_told_to_all(checkpoint: str, tmp_path: Path) -> None:
+    """Rank 0 finds out while the others wait for its plan."""
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ValueError, match=r"out"):
+        run("--ckpt-path", checkpoint, "--save-dir", str(tmp_path / "out"), "--prompt", "a")
+
+
 def test_a_model_trained_without_given_frames(tmp_path: Path) -> None:
     """Where the config could give frames, it samples from text as its own config does, and refuses to be given any."""
     train_toy(tmp_path, "--steps", "1", "--model.cond-embed", "False", "--condition-config", "none")

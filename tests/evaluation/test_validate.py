@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from opensora_like import runtime as rt
 from opensora_like.checkpoint import layout
 from opensora_like.config import read_config
 from opensora_like.datasets.latent_store import StoreWriter, finish
 from opensora_like.datasets.meta_file import MetaClip, MetaFacts, write_meta
+from opensora_like.evaluation import validate as validation
 from opensora_like.evaluation.find_weights import find_weights
 from opensora_like.evaluation.validate import build_validation, read_request
 from opensora_like.models.base import Denoiser
@@ -160,8 +162,50 @@ def test_shards_are_the_whole_weights(prepared, weights: Path, tmp_path: Path) -
             "--num_samples", "1", "--output_dir", str(out),
         )  # fmt: skip
         found.append(videos(out))
-        assert not (out / ".joined.pt").exists()
+        assert not list(out.glob(".joined*"))
     assert results(tmp_path / "0")["weights"]["kind"] == "sharded" and found[0] == found[1]
+
+
+def test_a_rank_without_prompts_waits_for_the_others(
+    prepared, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long their videos take: `timeout_minutes` is for who waits in vain."""
+    gather, waited = dist.all_gather_object, []
+
+    def note(found: list, own: object, group: dist.ProcessGroup) -> None:
+        waited.append(group._get_backend(torch.device("cpu")).options._timeout)
+        gather(found, own, group=group)
+
+    monkeypatch.setattr(dist, "all_gather_object", note)
+    validate(
+        str(CONFIG), "--meta_folder", str(prepared["store"]), "--output_dir", str(tmp_path), "--num_samples", "1",
+        "--checkpoint", str(weights / "epoch_0_step_999/consolidated_model.bin"),
+    )  # fmt: skip
+    assert waited and min(waited).days >= 1
+
+
+def test_commands_with_other_weights_may_share_a_folder(
+    prepared, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each joins its shards in a file of its own, which goes with it, whatever becomes of it."""
+    arguments = [str(CONFIG), "--meta_folder", str(prepared["store"]), "--output_dir", str(tmp_path)]
+    arguments += ["--checkpoint", str(weights / "epoch_0_step_499"), "--num_samples", "1"]
+    join, joined = validation.join_shards, []
+
+    def join_both(folder: Path, out: Path) -> Path:
+        joined.append(out)
+        if len(joined) == 1:
+            validate(*arguments)
+        assert not out.exists()
+        return join(folder, out)
+
+    monkeypatch.setattr(validation, "join_shards", join_both)
+    validate(*arguments)
+    assert len(set(joined)) == 2 and len(videos(tmp_path)) == 1
+    monkeypatch.setattr(validation, "VideoGenerator", None)
+    with pytest.raises(TypeError):
+        validate(*arguments)
+    assert len(set(joined)) == 3 and not list(tmp_path.glob(".joined*"))
 
 
 def test_own_checkpoints_bring_their_models(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ class Exchange:
     """Lets threads that stand for ranks see each other's tensors; the autograd graph runs through."""
 
     def __init__(self, num_ranks: int):
-        self.barrier, self.slots = threading.Barrier(num_ranks, timeout=20), [None] * num_ranks
+        self.barrier, self.slots = threading.Barrier(num_ranks, timeout=300), [None] * num_ranks
 
     def __call__(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
         self.slots[rank] = tensor

@@ -13,6 +13,7 @@ import torch
 from opensora_like.datasets.latent_store import open_store
 from opensora_like.datasets.meta_file import read_content, read_meta
 from opensora_like.datasets.store_files import read_failures
+from opensora_like.preparation import run as cache_run
 from opensora_like.preparation.sinks import MetaSink, StoreSink
 from tests.tools.cache_harness import SIZE, assert_same, encode, entries_of, process, run, start
 
@@ -55,6 +56,23 @@ def test_a_run_that_was_stopped_goes_on(videos, model, tmp_path, capsys, monkeyp
         one, other = read_content(file), read_content(tmp_path / "out" / file.name)
         tensors = ("video_latents", "text_embeddings")
         assert all(torch.equal(one.pop(name), other.pop(name)) for name in tensors) and one == other
+
+
+@pytest.mark.parametrize("form", ["store", "automodel"])
+def test_two_commands_do_not_fill_one_folder(videos, model, tmp_path, monkeypatch, form):
+    """The first to finish would remove the files that the other is writing, as what a kill has left."""
+    begin, refused = cache_run.forget_failures, []
+
+    def another(folder):
+        begin(folder)
+        with pytest.raises(ValueError, match=r"another command is filling '.*out'; wait"):
+            encode(videos, tmp_path / "out", model, "--output_format", form)
+        refused.append(folder)
+
+    monkeypatch.setattr(cache_run, "forget_failures", another)
+    assert encode(videos, tmp_path / "out", model, "--output_format", form) == 0 and refused
+    monkeypatch.undo()
+    assert encode(videos, tmp_path / "out", model, "--output_format", form) == 0
 
 
 @pytest.mark.parametrize(("form", "number"), [("store", signal.SIGTERM), ("automodel", signal.SIGKILL)])

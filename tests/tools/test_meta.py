@@ -23,6 +23,7 @@ from make_clips import numbered_frames, turn, write_clip, write_fakes  # noqa: E
 from opensora_like.datasets import clip_facts  # noqa: E402
 from opensora_like.datasets.table import read_table  # noqa: E402
 
+LATE = 10.0  # seconds for a file: a busy machine may need some for one that does nothing
 MEASURED = ["height", "width", "fps", "num_frames", "aspect_ratio", "resolution"]
 
 
@@ -180,7 +181,7 @@ def test_a_run_that_was_cut_off_goes_on(folder, monkeypatch):
 
 def hang_or_die(file):
     if "hang" in file:
-        time.sleep(60)
+        time.sleep(600)
     if "die" in file:
         os._exit(1)
     if "raise" in file:
@@ -191,13 +192,13 @@ def hang_or_die(file):
 def test_a_file_that_hangs_or_crashes_costs_only_itself():
     """The worker is replaced, the others are measured, and the result says what happened."""
     files = ["hang1", "die1", *(f"file{i}" for i in range(20)), "raise1", "die2"]
-    results = dict(clip_facts.measure_all(files, num_workers=2, timeout_seconds=2.0, work=hang_or_die))
+    results = dict(clip_facts.measure_all(files, num_workers=2, timeout_seconds=LATE, work=hang_or_die))
     assert_only_bad_files_are_lost(results, files)
 
 
 def assert_only_bad_files_are_lost(results, files):
     assert set(results) == set(files)
-    assert results["hang1"].problem == "took over 2 s"
+    assert results["hang1"].problem == f"took over {LATE:g} s"
     assert results["die1"].problem == results["die2"].problem == "the process that read it crashed"
     assert results["raise1"].problem.startswith("the process that read it crashed")
     assert all(results[f][::4] == (len(f), "") for f in files if f.startswith("file"))
@@ -234,7 +235,7 @@ def test_a_ray_cluster_writes_what_processes_write(folder, ray_cluster, monkeypa
 
     assert ray_cluster.cluster_resources()["CPU"] == 2
     files = ["hang1", "die1", *(f"file{i}" for i in range(20)), "raise1", "die2"]
-    how = {"num_workers": None, "timeout_seconds": 2.0, "engine": "ray"}
+    how = {"num_workers": None, "timeout_seconds": LATE, "engine": "ray"}
     assert_only_bad_files_are_lost(dict(clip_facts.measure_all(files, **how, work=hang_or_die)), files)
     machines = {r.problem for _, r in clip_facts.measure_all([str(i) for i in range(20)], **how, work=name_of_machine)}
     assert len(machines) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import signal
@@ -109,6 +111,24 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
         build_toy(tmp_path)
     with pytest.raises(ValueError, match="exp-name"):
         build_toy(tmp_path, "--load", "latest", "--exp-name", "none")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """Rank 0 finds out, and tells those that wait for it."""
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ValueError, match=r"outputs='.*/taken' cannot be written: .*choose another --outputs"):
+        build_toy(tmp_path / "taken")
+
+
+def test_a_file_system_without_locks_is_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre's where it is mounted without them; nothing of the folder was in use."""
+
+    def none_here(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none_here)
+    train_toy(tmp_path, "--steps", "1")
+    assert layout.complete_checkpoints(tmp_path / "toy")
 
 
 def test_a_loss_that_is_not_finite_stops_before_any_harm(tmp_path: Path) -> None:

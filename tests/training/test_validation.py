@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from opensora_like.config import read_config
 from opensora_like.datasets.batch import Batch
 from opensora_like.datasets.held_out import MeasuredLosses, held_out_rows
 from opensora_like.datasets.table import Table
+from opensora_like.publish import DRAFT
 from opensora_like.training.build import build_run
 from opensora_like.training.data import build_dataset
 from opensora_like.training.trainer import Run, train
@@ -175,6 +177,17 @@ def test_a_kill_leaves_no_gap(watched: tuple[Run, Recorder, Path], tmp_path: Pat
     for whole in watched[1].seen:
         assert np.array_equal(seen[whole.step, whole.weights], whole.losses_NK)
     assert [*keep[0].sampled, *second.sampled] == watched[1].sampled
+
+
+def test_what_was_measured_is_said_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of clips.json would be in the way of every later start: it has its name once it is on disk."""
+    fsync, synced = os.fsync, []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()) or fsync(file)
+    )
+    build(tmp_path, "--validation", OTHER_CLIPS)
+    names = {file.name for file in synced if file.parent.name == "validation"}
+    assert f"{DRAFT}clips.json" in names and "clips.json" not in names
 
 
 def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 
+from opensora_like import runtime as rt
 from opensora_like.runtime import JsonlWriter
 from tests.training.harness import build_toy, train_toy
 
@@ -49,3 +52,12 @@ def test_wandb_that_is_not_installed_is_a_clear_error(tmp_path: Path, monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb, or --wandb False"):
         build_toy(tmp_path, "--wandb")
+
+
+def test_a_log_is_closed_by_the_next(tmp_path: Path) -> None:
+    """Or every run of a process keeps a file open."""
+    runtime = rt.Runtime(0, 1, 0, torch.device("cpu"))
+    rt.set_up_logging(runtime, tmp_path / "a.txt")
+    before = rt.logger.handlers[-1]
+    rt.set_up_logging(runtime)
+    assert isinstance(before, logging.FileHandler) and before.stream is None
