@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pprint
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from opensora_like.settings import (
     PLAIN_SECTIONS,
     SECTIONS,
     SHORTHANDS,
+    SPELLINGS,
     Distill,
     KeyPath,
     Optim,
@@ -51,8 +52,7 @@ class Explained:
         Raises:
             ValueError: there is no such key.
         """
-        path = tuple(key.removeprefix("--").replace("-", "_").split("."))
-        path = SHORTHANDS.get(path[0], path) if len(path) == 1 else path
+        path = _in_full(tuple(key.removeprefix("--").replace("-", "_").split(".")))
         value: Any = dataclasses.asdict(self.config)
         for depth, name in enumerate(path):
             known = {str(k): k for k in value} if isinstance(value, Mapping) else {}
@@ -60,7 +60,8 @@ class Explained:
                 above = ".".join(path[:depth]) or type(self.config).__name__
                 raise ValueError(f"--explain {key}: {above} has no {name!r}; {nearest(name, known)}")
             value = value[known[name]]
-        spellings = [path, *((short,) for short, target in SHORTHANDS.items() if target == path)]
+        shorts = [((short,), to) for short, to in SHORTHANDS.items()] + list(SPELLINGS.items())
+        spellings = [path, *((*short, *path[len(to) :]) for short, to in shorts if path[: len(to)] == to)]
         setters = [s for s in (last_setter(self.layers, p) for p in spellings) if s]
         source = max(setters)[1] if setters else f"default of {type(self.config).__name__}"
         return f"{'.'.join(path)} = {value!r}  ({source})"
@@ -79,18 +80,27 @@ def read_config(path: str | Path, arguments: Sequence[str] = (), *, schema: type
     """
     settings, layers = read_layers(Path(path))
     _import_custom(settings.get("custom_imports"))
+    replacing = {n for n, v in settings.items() if n in SHORTHANDS and isinstance(v, Mapping) and v.get("_delete_")}
     settings = _over_defaults(_plain(settings), schema)
+    _apply_shorthands(settings, layers, schema, replacing=replacing)  # before flags, which may reach into them
     flags: dict[KeyPath, str] = {}
     for key, words in split_arguments(arguments):
-        set_to = set_path(settings, key, words, lambda p, s: _hint_of(p, s, schema))
+        path_in_full = ".".join(_in_full(tuple(key.split(".")))) if "." in key else key
+        set_to = set_path(settings, path_in_full, words, lambda p, s: _hint_of(p, s, schema))
         flags[tuple(map(str, set_to))] = f"--{key} {' '.join(words)}".strip()
     layers = [*layers, Layer("command line", flags)]
-    _apply_shorthands(settings, layers, schema)
+    _apply_shorthands(settings, layers, schema, replacing=SHORTHANDS)
     _check_keys(settings, schema, path)
     values = _fit_fields(settings, schema)
     _check_sections(values)
     config = schema(**{k: _freeze(v) for k, v in values.items()})
     return Explained(config, layers)
+
+
+def _in_full(path: KeyPath) -> KeyPath:
+    """`path` with the field that a shorthand at its start stands for."""
+    path = SPELLINGS.get(path, path)
+    return (*SHORTHANDS.get(path[0].replace("-", "_"), path[:1]), *path[1:])
 
 
 def _over_defaults(settings: dict[str, Any], schema: type) -> dict[str, Any]:
@@ -178,26 +188,37 @@ def _section_class(path: KeyPath, settings: Mapping) -> tuple[int, Any]:
     return depth, resolve(section["type"], known.registry, where=".".join(map(str, path[:depth])))
 
 
-def _apply_shorthands(settings: dict, layers: Sequence[Layer], schema: type) -> None:
-    """Move top-level shorthands to the field they stand for; the later of the two wins."""
-    for short, target in SHORTHANDS.items():
-        if short not in settings:
+def _apply_shorthands(settings: dict, layers: Sequence[Layer], schema: type, *, replacing: Container[str]) -> None:
+    """Move shorthands and second spellings to the field they stand for; the later of the two wins.
+
+    Args:
+        replacing: those whose dict stands for itself; another one is merged, as dicts of files are.
+    """
+    for short, target in [*(((name,), to) for name, to in SHORTHANDS.items()), *SPELLINGS.items()]:
+        named, (section, leaf) = ".".join(short), target
+        holder = settings if len(short) == 1 else settings.get(short[0])
+        if not isinstance(holder, dict) or short[-1] not in holder:
             continue
-        value = settings.pop(short)
-        section, leaf = target
+        value = holder.pop(short[-1])
         if section not in hints_of(schema):
-            raise ValueError(f"{short}={value!r}: {schema.__name__} has no {section!r} that it could set")
+            raise ValueError(f"{named}={value!r}: {schema.__name__} has no {section!r} that it could set")
         place = settings.get(section)
         if not isinstance(place, dict):
-            raise ValueError(f"{short}={value!r} sets {'.'.join(target)}, but {section}={place!r} is not a dict")
-        own, other = last_setter(layers, (short,)), last_setter(layers, target)
+            raise ValueError(f"{named}={value!r} sets {'.'.join(target)}, but {section}={place!r} is not a dict")
+        own, other = last_setter(layers, short), last_setter(layers, target)
         number, where = own or (len(layers), "")
         other_number, other_where = other or (-1, "")
-        if leaf in place and number == other_number and place[leaf] != value:
+        held = place.get(leaf)
+        merges = named not in replacing and isinstance(value, dict) and isinstance(held, dict)
+        differs = any(held.get(k, v) != v for k, v in value.items()) if merges else held != value
+        if leaf in place and number == other_number and differs:
             raise ValueError(
-                f"{where} sets {short}={value!r}, {other_where} sets {'.'.join(target)}={place[leaf]!r}; keep one"
+                f"{where} sets {named}={value!r}, {other_where} sets {'.'.join(target)}={held!r}; keep one"
             )
-        if leaf not in place or number >= other_number:
+        is_newer = leaf not in place or number >= other_number
+        if merges:
+            place[leaf] = {**held, **value} if is_newer else {**value, **held}
+        elif is_newer:
             place[leaf] = value
 
 

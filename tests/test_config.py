@@ -150,6 +150,39 @@ def test_shorthand_and_field_in_layers(base: Path) -> None:
         read(child(base, "lr = 1e-4\noptim = dict(lr=2e-4)"))
 
 
+def test_parts_of_a_shorthand(base: Path) -> None:
+    """`plugin_config` is reached into, and merges with what is inherited, as the section does that it stands for."""
+    parent = child(base, 'booster = dict(type="colossalai", plugin_config=dict(overlap_allgather=False))', "parent.py")
+    size, kept = {"reduce_bucket_size_in_m": 64}, {"overlap_allgather": False}
+    for read_so in (
+        read(parent, "--plugin_config.reduce_bucket_size_in_m", "64"),
+        read(child(parent, "plugin_config = dict(reduce_bucket_size_in_m=64)")),
+        read(
+            child(parent, "plugin_config = dict(reduce_bucket_size_in_m=1)"),
+            "--plugin-config.reduce-bucket-size-in-m=64",
+        ),
+    ):
+        assert read_so.booster["plugin_config"] == kept | size
+    replaced = child(parent, "plugin_config = dict(_delete_=True, reduce_bucket_size_in_m=64)")
+    assert read(replaced).booster["plugin_config"] == size
+    assert read(parent, "--plugin_config", str(size)).booster["plugin_config"] == size
+    explained = read_config(child(parent, "plugin_config = dict(reduce_bucket_size_in_m=64)"))
+    assert "child.py:2" in explained.explain("plugin_config.reduce_bucket_size_in_m")
+    with pytest.raises(ValueError, match=r"--booster\.plugn: no such argument"):
+        read(parent, "--booster.plugn", "zero2")
+
+
+def test_both_spellings_of_the_checkpointed_blocks(base: Path) -> None:
+    """`grad_ckpt_setting`, which the published guide writes, changes what is inherited as `grad_ckpt_settings`."""
+    parent = child(base, "model = dict(grad_ckpt_settings=(1, 1))", "parent.py")
+    for read_so in (
+        read(parent, "--model.grad_ckpt_setting", "(0, 1)"),
+        read(child(parent, "model = dict(grad_ckpt_setting=(0, 1))")),
+        read(child(parent, "grad_ckpt_setting = (0, 1)\nmodel = dict(grad_ckpt_setting=grad_ckpt_setting)")),
+    ):
+        assert read_so.model["grad_ckpt_settings"] == (0, 1) and "grad_ckpt_setting" not in read_so.model
+
+
 def test_delete_replaces_and_dicts_merge(base: Path) -> None:
     """A dict merges into the base's; with _delete_ it replaces it; keys that count frames stay integers."""
     merged = read(child(base, 'bucket_config = {"256px": {65: (1.0, 1)}}'))
