@@ -7,6 +7,7 @@ import importlib
 import pprint
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from opensora_like.settings import (
     RunConfig,
     Section,
 )
+from opensora_like.settings_open_sora import advice
 
 Schema = TypeVar("Schema")
 
@@ -52,7 +54,7 @@ class Explained:
         Raises:
             ValueError: there is no such key.
         """
-        path = _in_full(tuple(key.removeprefix("--").replace("-", "_").split(".")))
+        path = _in_full(tuple(key.removeprefix("--").replace("-", "_").split(".")), type(self.config))
         value: Any = dataclasses.asdict(self.config)
         for depth, name in enumerate(path):
             known = {str(k): k for k in value} if isinstance(value, Mapping) else {}
@@ -85,8 +87,11 @@ def read_config(path: str | Path, arguments: Sequence[str] = (), *, schema: type
     _apply_shorthands(settings, layers, schema, replacing=replacing)  # before flags, which may reach into them
     flags: dict[KeyPath, str] = {}
     for key, words in split_arguments(arguments):
-        path_in_full = ".".join(_in_full(tuple(key.split(".")))) if "." in key else key
-        set_to = set_path(settings, path_in_full, words, lambda p, s: _hint_of(p, s, schema))
+        typed = tuple(key.split("."))
+        full = _in_full(typed, schema) if len(typed) > 1 else typed
+        if (top := full[0].replace("-", "_")) not in _known_names(schema):
+            raise ValueError(f"--{top}: no such setting; {_meant(full, schema)}")
+        set_to = set_path(settings, ".".join(full), words, lambda p, s: _hint_of(p, s, schema))
         flags[tuple(map(str, set_to))] = f"--{key} {' '.join(words)}".strip()
     layers = [*layers, Layer("command line", flags)]
     _apply_shorthands(settings, layers, schema, replacing=SHORTHANDS)
@@ -97,10 +102,11 @@ def read_config(path: str | Path, arguments: Sequence[str] = (), *, schema: type
     return Explained(config, layers)
 
 
-def _in_full(path: KeyPath) -> KeyPath:
-    """`path` with the field that a shorthand at its start stands for."""
+def _in_full(path: KeyPath, schema: type) -> KeyPath:
+    """`path` with the field of `schema` that a shorthand at its start stands for."""
     path = SPELLINGS.get(path, path)
-    return (*SHORTHANDS.get(path[0].replace("-", "_"), path[:1]), *path[1:])
+    full = SHORTHANDS.get(path[0].replace("-", "_"), path[:1])
+    return (*full, *path[1:]) if full[0] in hints_of(schema) else path
 
 
 def _over_defaults(settings: dict[str, Any], schema: type) -> dict[str, Any]:
@@ -154,11 +160,7 @@ def _hint_of(path: KeyPath, settings: Mapping, schema: type) -> Any:
     if len(path) == 1:
         if top in SHORTHANDS:
             return Any if SHORTHANDS[top][0] != "optim" else hints_of(Optim)[SHORTHANDS[top][1]]
-        if top not in fields:
-            raise ValueError(f"--{top}: no such setting; {nearest(str(top), {*fields, *SHORTHANDS})}")
         return fields[top]
-    if top not in fields:
-        raise ValueError(f"--{'.'.join(map(str, path))}: no section {top!r}; {nearest(str(top), fields)}")
     depth, cls = _section_class(path, settings)
     if cls is None or len(path) > depth + 1:
         if top == "bucket_config" and len(path) == 3:
@@ -169,7 +171,8 @@ def _hint_of(path: KeyPath, settings: Mapping, schema: type) -> Any:
         return str
     if path[depth] not in known:
         named = known if top in PLAIN_SECTIONS else {*known, "type"}
-        where, near = ".".join(map(str, path[:depth])), nearest(str(path[depth]), named)
+        where = ".".join(map(str, path[:depth]))
+        near = _published(path, schema) or nearest(str(path[depth]), named)
         raise ValueError(f"--{where}.{path[depth]}: no such argument of it; {near}")
     return hints_of(cls).get(path[depth], Any)
 
@@ -201,7 +204,8 @@ def _apply_shorthands(settings: dict, layers: Sequence[Layer], schema: type, *, 
             continue
         value = holder.pop(short[-1])
         if section not in hints_of(schema):
-            raise ValueError(f"{named}={value!r}: {schema.__name__} has no {section!r} that it could set")
+            why = _published(short, schema) or f"{schema.__name__} has no {section!r} that it could set"
+            raise ValueError(f"{named}={value!r}: {why}")
         place = settings.get(section)
         if not isinstance(place, dict):
             raise ValueError(f"{named}={value!r} sets {'.'.join(target)}, but {section}={place!r} is not a dict")
@@ -222,6 +226,23 @@ def _apply_shorthands(settings: dict, layers: Sequence[Layer], schema: type, *, 
             place[leaf] = value
 
 
+def _known_names(schema: type) -> set[str]:
+    """Top-level names that a file or a flag may set."""
+    fields = {f.name for f in dataclasses.fields(schema)}
+    return fields | {short for short, (section, _) in SHORTHANDS.items() if section in fields}
+
+
+def _meant(path: KeyPath, schema: type) -> str:
+    """The tail of an error about a setting that is not there: what it is called here, or the nearest names."""
+    name, known = str(path[0]).replace("-", "_"), _known_names(schema)
+    near = nearest(name, known) if get_close_matches(name, known) else "docs/configs.md has all of them"
+    return _published(path, schema) or near
+
+
+def _published(path: KeyPath, schema: type) -> str | None:
+    return advice(".".join(map(str, path)).replace("-", "_"), is_training=schema is RunConfig)
+
+
 def _default(schema: type, name: str) -> Any:
     spec = next(f for f in dataclasses.fields(schema) if f.name == name)
     return spec.default if spec.default_factory is MISSING else spec.default_factory()
@@ -231,7 +252,7 @@ def _check_keys(settings: Mapping, schema: type, path: str | Path) -> None:
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for name in settings:
         if name not in fields:
-            raise ValueError(f"{path}: unknown setting {name!r}; {nearest(str(name), {*fields, *SHORTHANDS})}")
+            raise ValueError(f"{path}: unknown setting {name!r}; {_meant((name,), schema)}")
     missing = [n for n, f in fields.items() if n not in settings and f.default is f.default_factory is MISSING]
     if missing:
         raise ValueError(f"{path}: {missing} not set; inherit them with _base_ or write them down")
@@ -259,6 +280,9 @@ def _check_sections(values: dict[str, Any]) -> None:
     """Check the arguments of every section that names a class; convert them where the class asks for it."""
     if "optim" in values:
         section = {"type": "AdamW", **values["optim"]}
+        for name in section:
+            if said := _published(("optim", name), RunConfig):
+                raise ValueError(f"optim.{name}: {said}")
         checked = fit_arguments(Optim, section, where="optim")
         checked["type"] = fit(section["type"], hints_of(Optim)["type"], "optim.type")
         values["optim"] = dataclasses.asdict(Optim(**checked))
