@@ -49,7 +49,7 @@ from opensora_like.training.errors import error_options
 from opensora_like.training.offload import build_offload
 from opensora_like.training.optim import build_rates, optimizer_factory
 from opensora_like.training.pretrained import Unfilled, build_unfilled, log_peak_memory
-from opensora_like.training.resume import load_state, log_report
+from opensora_like.training.resume import check_load, load_state, log_report
 from opensora_like.training.run_folder import open_run_folder
 from opensora_like.training.spikes import SpikeGuard
 from opensora_like.training.step import FlowMatchingStep, Scheduler
@@ -76,6 +76,7 @@ def build_run(
     offload = build_offload(cfg.grad_ckpt_buffer_size, runtime.device)
     folder, lock = open_run_folder(asked, runtime, config_name)
     rt.set_up_logging(runtime, folder / "log.txt")
+    check_load(cfg, folder)
     booster = build_booster(cfg, runtime)
     cached = open_cached(cfg)
     outline = build_outline(cfg, cached)
@@ -299,10 +300,11 @@ def make_schedule(cfg: RunConfig, dataset: ClipDataset, booster: Booster) -> Sch
     """Total steps from `steps`, or from `epochs` where every epoch has the same number of them.
 
     Raises:
-        ValueError: an accumulation below 1, or rates that cannot be; see `build_rates`.
+        ValueError: counts below 1, or rates that cannot be; see `build_rates`.
     """
-    if cfg.accumulation_steps < 1:
-        raise ValueError(f"accumulation_steps={cfg.accumulation_steps} must be 1 or more")
+    for name in ("steps", "epochs", "accumulation_steps"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more")
     total = cfg.steps
     if total is None and has_constant_length(dataset.plan(0)):
         total = cfg.epochs * steps_in_epoch(len(dataset.plan(0)), booster.dp_size * cfg.accumulation_steps)
