@@ -19,6 +19,7 @@ from opensora_like.settings import (
     SHORTHANDS,
     SPELLINGS,
     Distill,
+    InferenceConfig,
     KeyPath,
     Optim,
     RunConfig,
@@ -226,6 +227,10 @@ def _apply_shorthands(settings: dict, layers: Sequence[Layer], schema: type, *, 
             place[leaf] = value
 
 
+def _other(schema: type) -> type:
+    return InferenceConfig if schema is RunConfig else RunConfig
+
+
 def _known_names(schema: type) -> set[str]:
     """Top-level names that a file or a flag may set."""
     fields = {f.name for f in dataclasses.fields(schema)}
@@ -250,7 +255,11 @@ def _default(schema: type, name: str) -> Any:
 
 def _check_keys(settings: Mapping, schema: type, path: str | Path) -> None:
     fields = {f.name: f for f in dataclasses.fields(schema)}
+    trains = "bucket_config" in settings
     for name in settings:
+        if name not in fields and trains != (schema is RunConfig) and name in hints_of(_other(schema)):
+            kind, folder = ("training", "inference") if trains else ("sampling", "train")
+            raise ValueError(f"{path} is for {kind} (it sets {name!r}); take one of configs/diffusion/{folder}")
         if name not in fields:
             raise ValueError(f"{path}: unknown setting {name!r}; {_meant((name,), schema)}")
     missing = [n for n, f in fields.items() if n not in settings and f.default is f.default_factory is MISSING]

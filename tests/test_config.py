@@ -353,6 +353,15 @@ def test_settings_of_open_sora_in_a_file(base: Path) -> None:
         read_config(file, schema=InferenceConfig)
 
 
+def test_a_config_of_the_other_kind() -> None:
+    """Training is not sampled with, nor the other way round, and the error says where the others are."""
+    train, sample = (ROOT / f"configs/diffusion/{name}" for name in ("train/stage1.py", "inference/256px.py"))
+    with pytest.raises(ValueError, match=r"stage1.py is for training .* one of configs/diffusion/inference"):
+        read_config(train, schema=InferenceConfig)
+    with pytest.raises(ValueError, match=r"256px.py is for sampling .* one of configs/diffusion/train"):
+        read_config(sample)
+
+
 def run_train(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts/diffusion/train.py"), str(DEMO), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
