@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pprint
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +17,15 @@ from opensora_like.settings import (
     PLAIN_SECTIONS,
     SECTIONS,
     SHORTHANDS,
+    SPELLINGS,
     Distill,
+    InferenceConfig,
     KeyPath,
     Optim,
     RunConfig,
     Section,
 )
+from opensora_like.settings_open_sora import advice
 
 Schema = TypeVar("Schema")
 
@@ -51,8 +55,7 @@ class Explained:
         Raises:
             ValueError: there is no such key.
         """
-        path = tuple(key.removeprefix("--").replace("-", "_").split("."))
-        path = SHORTHANDS.get(path[0], path) if len(path) == 1 else path
+        path = _in_full(tuple(key.removeprefix("--").replace("-", "_").split(".")), type(self.config))
         value: Any = dataclasses.asdict(self.config)
         for depth, name in enumerate(path):
             known = {str(k): k for k in value} if isinstance(value, Mapping) else {}
@@ -60,7 +63,8 @@ class Explained:
                 above = ".".join(path[:depth]) or type(self.config).__name__
                 raise ValueError(f"--explain {key}: {above} has no {name!r}; {nearest(name, known)}")
             value = value[known[name]]
-        spellings = [path, *((short,) for short, target in SHORTHANDS.items() if target == path)]
+        shorts = [((short,), to) for short, to in SHORTHANDS.items()] + list(SPELLINGS.items())
+        spellings = [path, *((*short, *path[len(to) :]) for short, to in shorts if path[: len(to)] == to)]
         setters = [s for s in (last_setter(self.layers, p) for p in spellings) if s]
         source = max(setters)[1] if setters else f"default of {type(self.config).__name__}"
         return f"{'.'.join(path)} = {value!r}  ({source})"
@@ -79,18 +83,31 @@ def read_config(path: str | Path, arguments: Sequence[str] = (), *, schema: type
     """
     settings, layers = read_layers(Path(path))
     _import_custom(settings.get("custom_imports"))
+    replacing = {n for n, v in settings.items() if n in SHORTHANDS and isinstance(v, Mapping) and v.get("_delete_")}
     settings = _over_defaults(_plain(settings), schema)
+    _apply_shorthands(settings, layers, schema, replacing=replacing)  # before flags, which may reach into them
     flags: dict[KeyPath, str] = {}
     for key, words in split_arguments(arguments):
-        set_to = set_path(settings, key, words, lambda p, s: _hint_of(p, s, schema))
+        typed = tuple(key.split("."))
+        full = _in_full(typed, schema) if len(typed) > 1 else typed
+        if (top := full[0].replace("-", "_")) not in _known_names(schema):
+            raise ValueError(f"--{top}: no such setting; {_meant(full, schema)}")
+        set_to = set_path(settings, ".".join(full), words, lambda p, s: _hint_of(p, s, schema))
         flags[tuple(map(str, set_to))] = f"--{key} {' '.join(words)}".strip()
     layers = [*layers, Layer("command line", flags)]
-    _apply_shorthands(settings, layers, schema)
+    _apply_shorthands(settings, layers, schema, replacing=SHORTHANDS)
     _check_keys(settings, schema, path)
     values = _fit_fields(settings, schema)
     _check_sections(values)
     config = schema(**{k: _freeze(v) for k, v in values.items()})
     return Explained(config, layers)
+
+
+def _in_full(path: KeyPath, schema: type) -> KeyPath:
+    """`path` with the field of `schema` that a shorthand at its start stands for."""
+    path = SPELLINGS.get(path, path)
+    full = SHORTHANDS.get(path[0].replace("-", "_"), path[:1])
+    return (*full, *path[1:]) if full[0] in hints_of(schema) else path
 
 
 def _over_defaults(settings: dict[str, Any], schema: type) -> dict[str, Any]:
@@ -144,11 +161,7 @@ def _hint_of(path: KeyPath, settings: Mapping, schema: type) -> Any:
     if len(path) == 1:
         if top in SHORTHANDS:
             return Any if SHORTHANDS[top][0] != "optim" else hints_of(Optim)[SHORTHANDS[top][1]]
-        if top not in fields:
-            raise ValueError(f"--{top}: no such setting; {nearest(str(top), {*fields, *SHORTHANDS})}")
         return fields[top]
-    if top not in fields:
-        raise ValueError(f"--{'.'.join(map(str, path))}: no section {top!r}; {nearest(str(top), fields)}")
     depth, cls = _section_class(path, settings)
     if cls is None or len(path) > depth + 1:
         if top == "bucket_config" and len(path) == 3:
@@ -159,7 +172,8 @@ def _hint_of(path: KeyPath, settings: Mapping, schema: type) -> Any:
         return str
     if path[depth] not in known:
         named = known if top in PLAIN_SECTIONS else {*known, "type"}
-        where, near = ".".join(map(str, path[:depth])), nearest(str(path[depth]), named)
+        where = ".".join(map(str, path[:depth]))
+        near = _published(path, schema) or nearest(str(path[depth]), named)
         raise ValueError(f"--{where}.{path[depth]}: no such argument of it; {near}")
     return hints_of(cls).get(path[depth], Any)
 
@@ -178,27 +192,60 @@ def _section_class(path: KeyPath, settings: Mapping) -> tuple[int, Any]:
     return depth, resolve(section["type"], known.registry, where=".".join(map(str, path[:depth])))
 
 
-def _apply_shorthands(settings: dict, layers: Sequence[Layer], schema: type) -> None:
-    """Move top-level shorthands to the field they stand for; the later of the two wins."""
-    for short, target in SHORTHANDS.items():
-        if short not in settings:
+def _apply_shorthands(settings: dict, layers: Sequence[Layer], schema: type, *, replacing: Container[str]) -> None:
+    """Move shorthands and second spellings to the field they stand for; the later of the two wins.
+
+    Args:
+        replacing: those whose dict stands for itself; another one is merged, as dicts of files are.
+    """
+    for short, target in [*(((name,), to) for name, to in SHORTHANDS.items()), *SPELLINGS.items()]:
+        named, (section, leaf) = ".".join(short), target
+        holder = settings if len(short) == 1 else settings.get(short[0])
+        if not isinstance(holder, dict) or short[-1] not in holder:
             continue
-        value = settings.pop(short)
-        section, leaf = target
+        value = holder.pop(short[-1])
         if section not in hints_of(schema):
-            raise ValueError(f"{short}={value!r}: {schema.__name__} has no {section!r} that it could set")
+            why = _published(short, schema) or f"{schema.__name__} has no {section!r} that it could set"
+            raise ValueError(f"{named}={value!r}: {why}")
         place = settings.get(section)
         if not isinstance(place, dict):
-            raise ValueError(f"{short}={value!r} sets {'.'.join(target)}, but {section}={place!r} is not a dict")
-        own, other = last_setter(layers, (short,)), last_setter(layers, target)
+            raise ValueError(f"{named}={value!r} sets {'.'.join(target)}, but {section}={place!r} is not a dict")
+        own, other = last_setter(layers, short), last_setter(layers, target)
         number, where = own or (len(layers), "")
         other_number, other_where = other or (-1, "")
-        if leaf in place and number == other_number and place[leaf] != value:
+        held = place.get(leaf)
+        merges = named not in replacing and isinstance(value, dict) and isinstance(held, dict)
+        differs = any(held.get(k, v) != v for k, v in value.items()) if merges else held != value
+        if leaf in place and number == other_number and differs:
             raise ValueError(
-                f"{where} sets {short}={value!r}, {other_where} sets {'.'.join(target)}={place[leaf]!r}; keep one"
+                f"{where} sets {named}={value!r}, {other_where} sets {'.'.join(target)}={held!r}; keep one"
             )
-        if leaf not in place or number >= other_number:
+        is_newer = leaf not in place or number >= other_number
+        if merges:
+            place[leaf] = {**held, **value} if is_newer else {**value, **held}
+        elif is_newer:
             place[leaf] = value
+
+
+def _other(schema: type) -> type:
+    return InferenceConfig if schema is RunConfig else RunConfig
+
+
+def _known_names(schema: type) -> set[str]:
+    """Top-level names that a file or a flag may set."""
+    fields = {f.name for f in dataclasses.fields(schema)}
+    return fields | {short for short, (section, _) in SHORTHANDS.items() if section in fields}
+
+
+def _meant(path: KeyPath, schema: type) -> str:
+    """The tail of an error about a setting that is not there: what it is called here, or the nearest names."""
+    name, known = str(path[0]).replace("-", "_"), _known_names(schema)
+    near = nearest(name, known) if get_close_matches(name, known) else "docs/configs.md has all of them"
+    return _published(path, schema) or near
+
+
+def _published(path: KeyPath, schema: type) -> str | None:
+    return advice(".".join(map(str, path)).replace("-", "_"), is_training=schema is RunConfig)
 
 
 def _default(schema: type, name: str) -> Any:
@@ -208,9 +255,13 @@ def _default(schema: type, name: str) -> Any:
 
 def _check_keys(settings: Mapping, schema: type, path: str | Path) -> None:
     fields = {f.name: f for f in dataclasses.fields(schema)}
+    trains = "bucket_config" in settings
     for name in settings:
+        if name not in fields and trains != (schema is RunConfig) and name in hints_of(_other(schema)):
+            kind, folder = ("training", "inference") if trains else ("sampling", "train")
+            raise ValueError(f"{path} is for {kind} (it sets {name!r}); take one of configs/diffusion/{folder}")
         if name not in fields:
-            raise ValueError(f"{path}: unknown setting {name!r}; {nearest(str(name), {*fields, *SHORTHANDS})}")
+            raise ValueError(f"{path}: unknown setting {name!r}; {_meant((name,), schema)}")
     missing = [n for n, f in fields.items() if n not in settings and f.default is f.default_factory is MISSING]
     if missing:
         raise ValueError(f"{path}: {missing} not set; inherit them with _base_ or write them down")
@@ -238,6 +289,9 @@ def _check_sections(values: dict[str, Any]) -> None:
     """Check the arguments of every section that names a class; convert them where the class asks for it."""
     if "optim" in values:
         section = {"type": "AdamW", **values["optim"]}
+        for name in section:
+            if said := _published(("optim", name), RunConfig):
+                raise ValueError(f"optim.{name}: {said}")
         checked = fit_arguments(Optim, section, where="optim")
         checked["type"] = fit(section["type"], hints_of(Optim)["type"], "optim.type")
         values["optim"] = dataclasses.asdict(Optim(**checked))

@@ -32,7 +32,8 @@ BOOSTERS = Registry("booster", scope=PACKAGE, locations=_modules_below("boosters
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """The tail of an error about an unknown name: the nearest known names, or all of them."""
     known = sorted(known)
-    return f"did you mean {get_close_matches(name, known, n=3) or known}?"
+    near = get_close_matches(name, known, n=3)
+    return f"did you mean {near}?" if near else f"there are {known}"
 
 
 def resolve(name: Any, registry: Registry, *, where: str = "") -> Any:
@@ -138,7 +139,8 @@ def fit(value: Any, hint: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        raise ValueError(f"{where}={value!r} is not one of {list(args)}; {nearest(str(value), map(str, args))}")
+        near = get_close_matches(str(value), map(str, args))
+        raise ValueError(f"{where}={value!r} is not one of {list(args)}" + (f"; did you mean {near}?" if near else ""))
     plain = origin or hint
     if plain in _SIMPLE:
         return _fit_simple(value, plain, where)

@@ -348,6 +348,8 @@ SHORTHANDS: dict[str, KeyPath] = {
     "grad_ckpt_settings": ("model", "grad_ckpt_settings"),
     "grad_ckpt_setting": ("model", "grad_ckpt_settings"),
 }
+# an argument's second spelling -> the argument; so a config may change in one what it inherits in the other
+SPELLINGS: dict[KeyPath, KeyPath] = {("model", "grad_ckpt_setting"): ("model", "grad_ckpt_settings")}
 
 
 class Section(NamedTuple):

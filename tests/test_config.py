@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from opensora_like.config import FrozenDict, config_text, read_config
 from opensora_like.config_file import split_arguments
+from opensora_like.evaluation.flags import translate
 from opensora_like.settings import InferenceConfig, RunConfig, settings_table
 from tools.make_docs import configs_page
 
@@ -150,6 +152,39 @@ def test_shorthand_and_field_in_layers(base: Path) -> None:
         read(child(base, "lr = 1e-4\noptim = dict(lr=2e-4)"))
 
 
+def test_parts_of_a_shorthand(base: Path) -> None:
+    """`plugin_config` is reached into, and merges with what is inherited, as the section does that it stands for."""
+    parent = child(base, 'booster = dict(type="colossalai", plugin_config=dict(overlap_allgather=False))', "parent.py")
+    size, kept = {"reduce_bucket_size_in_m": 64}, {"overlap_allgather": False}
+    for read_so in (
+        read(parent, "--plugin_config.reduce_bucket_size_in_m", "64"),
+        read(child(parent, "plugin_config = dict(reduce_bucket_size_in_m=64)")),
+        read(
+            child(parent, "plugin_config = dict(reduce_bucket_size_in_m=1)"),
+            "--plugin-config.reduce-bucket-size-in-m=64",
+        ),
+    ):
+        assert read_so.booster["plugin_config"] == kept | size
+    replaced = child(parent, "plugin_config = dict(_delete_=True, reduce_bucket_size_in_m=64)")
+    assert read(replaced).booster["plugin_config"] == size
+    assert read(parent, "--plugin_config", str(size)).booster["plugin_config"] == size
+    explained = read_config(child(parent, "plugin_config = dict(reduce_bucket_size_in_m=64)"))
+    assert "child.py:2" in explained.explain("plugin_config.reduce_bucket_size_in_m")
+    with pytest.raises(ValueError, match=r"--booster\.plugn: no such argument"):
+        read(parent, "--booster.plugn", "zero2")
+
+
+def test_both_spellings_of_the_checkpointed_blocks(base: Path) -> None:
+    """`grad_ckpt_setting`, which the published guide writes, changes what is inherited as `grad_ckpt_settings`."""
+    parent = child(base, "model = dict(grad_ckpt_settings=(1, 1))", "parent.py")
+    for read_so in (
+        read(parent, "--model.grad_ckpt_setting", "(0, 1)"),
+        read(child(parent, "model = dict(grad_ckpt_setting=(0, 1))")),
+        read(child(parent, "grad_ckpt_setting = (0, 1)\nmodel = dict(grad_ckpt_setting=grad_ckpt_setting)")),
+    ):
+        assert read_so.model["grad_ckpt_settings"] == (0, 1) and "grad_ckpt_setting" not in read_so.model
+
+
 def test_delete_replaces_and_dicts_merge(base: Path) -> None:
     """A dict merges into the base's; with _delete_ it replaces it; keys that count frames stay integers."""
     merged = read(child(base, 'bucket_config = {"256px": {65: (1.0, 1)}}'))
@@ -261,6 +296,70 @@ def test_every_setting_is_documented() -> None:
     for schema in (RunConfig, InferenceConfig):
         for name, _, _, doc in settings_table(schema):
             assert doc, f"{name} has no documentation"
+
+
+# what the published training and sampling scripts read
+READ_IN_TRAINING = """
+dtype seed outputs exp_name plugin plugin_config grad_clip dataset bucket_config num_bucket_build_workers num_workers
+prefetch_factor batch_size pin_memory_cache_pre_alloc_numels model ae t5 clip grad_checkpoint grad_ckpt_buffer_size
+ema_decay lora_config lora_checkpoint cached_video cached_text optim epochs warmup_steps use_cosine_scheduler load
+start_epoch start_step load_master_weights save_master_weights update_warmup_steps initial_lr warmup_ae sigma_min
+accumulation_steps ckpt_every keep_n_latest log_every async_io is_causal_vae condition_config patch_size dropout_ratio
+guidance no_i2v_ref_loss wandb wandb_project record_time record_barrier nsys nsys_warmup_steps nsys_num_steps
+ae_spatial_compression lr eps grad_ckpt_settings optim.cls optim.adamw_mode optim.lr
+"""
+READ_IN_SAMPLING = """
+save_dir seed batch_size dtype cond_type dataset prompt ref resolution guidance guidance_img num_steps num_frames
+aspect_ratio ckpt_path motion_score fps_save num_sample num_samples start_index end_index prompt_refine use_t2i2v
+img_resolution offload_model save_prefix prompt_as_path pretrained_lora_path patch_size prefetch_factor num_workers
+img_flux img_flux_ae plugin plugin_config plugin_ae plugin_config_ae is_causal_vae ae_spatial_compression model ae t5
+clip dataset.data_path sampling_option.resolution sampling_option.height sampling_option.seed sampling_option.flow_shift
+sampling_option.shift sampling_option.method sampling_option.is_causal_vae sampling_option.temporal_reduction
+sampling_option.text_osci sampling_option.image_osci sampling_option.scale_temporal_osci offload refine_prompt
+"""
+
+
+@pytest.mark.parametrize("flag", READ_IN_TRAINING.split())
+def test_every_setting_of_open_sora_has_a_place_in_training(flag: str) -> None:
+    """It is a setting here, or the error says what stands in its place."""
+    _is_known_or_explained(ROOT / "configs/diffusion/train/stage1.py", f"--{flag}", RunConfig)
+
+
+@pytest.mark.parametrize("flag", READ_IN_SAMPLING.split())
+def test_every_setting_of_open_sora_has_a_place_in_sampling(flag: str) -> None:
+    """As in training; those that its documents name are taken as they are."""
+    (word,) = translate([f"--{flag}"])
+    _is_known_or_explained(ROOT / "configs/diffusion/inference/256px.py", word, InferenceConfig)
+
+
+def _is_known_or_explained(config: Path, flag: str, schema: type) -> None:
+    try:
+        read_config(config, [f"{flag}=none"], schema=schema)
+    except ValueError as problem:  # a setting that is known may not be None
+        known = re.search("=None (must be|is not one of|does not fit)", problem.args[0])
+        assert known or "is Open-Sora v2's: " in problem.args[0], problem
+
+
+def test_settings_of_open_sora_in_a_file(base: Path) -> None:
+    """The error names what they are called here."""
+    with pytest.raises(ValueError, match="unknown setting 'ae'; 'ae' is Open-Sora v2's: use autoencoder"):
+        read(child(base, 'ae = dict(type="hunyuan_vae")'))
+    with pytest.raises(ValueError, match=r"optim\.cls: 'optim\.cls' is Open-Sora v2's: use optim\.type"):
+        read(child(base, 'optim = dict(cls="HybridAdam")'))
+    with pytest.raises(ValueError, match="plugin='hybrid': 'plugin' is Open-Sora v2's: use sp_size"):
+        sampling = ROOT / "configs/diffusion/inference/256px.py"
+        file = base.parent / "sampling.py"
+        file.write_text(f'_base_ = ["{sampling}"]\nplugin = "hybrid"\n')
+        read_config(file, schema=InferenceConfig)
+
+
+def test_a_config_of_the_other_kind() -> None:
+    """Training is not sampled with, nor the other way round, and the error says where the others are."""
+    train, sample = (ROOT / f"configs/diffusion/{name}" for name in ("train/stage1.py", "inference/256px.py"))
+    with pytest.raises(ValueError, match=r"stage1.py is for training .* one of configs/diffusion/inference"):
+        read_config(train, schema=InferenceConfig)
+    with pytest.raises(ValueError, match=r"256px.py is for sampling .* one of configs/diffusion/train"):
+        read_config(sample)
 
 
 def run_train(*arguments: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opensora_like"
 LEVELS = [
-    {"registry", "rng", "runtime", "settings", "config", "config_file", "cli", "publish"},
+    {"registry", "rng", "runtime", "settings", "settings_open_sora", "config", "config_file", "cli", "publish"},
     {"schedulers", "models", "datasets"},
     {"conditioning", "boosters", "checkpoint"},
     {"training", "evaluation", "preparation"},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opensora_like.registry import BOOSTERS, DATASETS, MODELS, SCHEDULERS, hints_of, parameters_of
 from opensora_like.settings import SECTIONS, SHORTHANDS, InferenceConfig, Optim, RunConfig, settings_table
+from opensora_like.settings_open_sora import SAMPLING, TRAINING
 
 PAGE = Path(__file__).parent.parent / "docs/configs.md"
 
@@ -24,6 +25,14 @@ True; `-` in a key counts as `_`. Values are Python literals: `none`, `1e3`, `"(
 One that does not fit the type of its setting is refused. `--dump` prints the resolved config, `--explain optim.lr` says
 which file and line, or which flag, set a value. The resolved config is written into the run's folder and can be given
 as a config itself.
+"""
+
+FROM_OPEN_SORA = """## Settings of Open-Sora v2
+
+What is not in these tables has the same name here, or one of the shorthands above. A flag or a file with one of these
+names is an error that says what stands here. Sampling takes some of them as they are ([inference.md](inference.md)).
+Of the same name and another meaning are `grad_ckpt_buffer_size`, which counts bytes in place of elements, and
+`warmup_steps`, which counts updates in place of micro-batches.
 """
 
 
@@ -58,6 +67,10 @@ def configs_page() -> str:
         "## Shorthands\n\nA top-level name that sets a field; of the two, whichever was written last counts.\n\n"
         + table(rows, ("name", "sets"))
     )
+    parts.append(FROM_OPEN_SORA)
+    for title, names in (("training", TRAINING), ("inference", SAMPLING)):
+        rows = [(f"`{name}`", what) for name, what in sorted(names.items())]
+        parts.append(f"### In configs and commands for {title}\n\n" + table(rows, ("there", "here")))
     parts.append("## `optim`\n\n" + component("optim", Optim, ("type",)).split("\n\n", 1)[1])
     given = {section.registry.name: section.given for section in SECTIONS.values()}
     for registry in (MODELS, DATASETS, SCHEDULERS, BOOSTERS):

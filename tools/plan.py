@@ -133,7 +133,9 @@ def predict(
     tp_size = int(options.get("tp_size", cfg.booster.get("tp_size", 1)) or 1)
     sp_size = int(options.get("sp_size", cfg.booster.get("sp_size", 1)) or 1)
     split = args.split or tp_size * sp_size
-    if args.world_size % split:
+    if not 0 < args.mfu <= 1:
+        raise ValueError(f"--mfu {args.mfu} is a share of the peak; give one above 0 and up to 1")
+    if args.world_size < 1 or args.world_size % split:
         raise ValueError(f"--world-size {args.world_size} does not divide into groups of {split} that share a sample")
     layout = args.layout or resources.layout_of(cfg.booster)
     static = resources.static_memory(

@@ -16,6 +16,7 @@ PUBLISHED: dict[str, str] = {
     "ae": "autoencoder",
     "t5": "encoders.text",
     "clip": "encoders.pooled",
+    "sampling_option.flow_shift": "scheduler.shift",
     **{f"sampling_option.{name}": name for name in SAME_NAME},
 }
 

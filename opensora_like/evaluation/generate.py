@@ -15,13 +15,13 @@ from opensora_like.boosters.sequence_parallel import SequenceGroup
 from opensora_like.checkpoint.adapters import merge_asked
 from opensora_like.checkpoint.weights import LoadReport, compare_shapes, read_adapted, read_also
 from opensora_like.conditioning import wan_i2v
-from opensora_like.conditioning.captioned import check_tasks
 from opensora_like.conditioning.masks import given_frames, inference_condition
 from opensora_like.datasets.resize import resize_crop
 from opensora_like.datasets.video_io import BadSample, is_image, probe, read_frames, read_image
 from opensora_like.evaluation import few_step, speech
 from opensora_like.evaluation.captioned_images import encode_prompts, start_of
 from opensora_like.evaluation.experts import load_expert, taking_turns
+from opensora_like.evaluation.outline import check_given_frames
 from opensora_like.evaluation.placement import in_use
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of
 from opensora_like.evaluation.shared_video import Inputs, cut_sequence, is_leader, receive, send
@@ -177,9 +177,7 @@ class VideoGenerator:
             ValueError: an unknown task, or one with references for a model that takes none.
         """
         cfg = self.cfg
-        if any(given_frames(cfg.cond_type, is_causal=True)) and "visual" not in self.model.condition_names:
-            raise ValueError(f"cond_type={cfg.cond_type!r} needs a model with cond_embed=True; use cond_type='t2v'")
-        check_tasks(self.model, [cfg.cond_type], where=f"cond_type={cfg.cond_type!r}")
+        check_given_frames(cfg, self.model)
         guidance = Guidance(
             text=cfg.guidance,
             image=cfg.guidance_img,

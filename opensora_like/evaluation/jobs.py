@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from opensora_like import runtime as rt
 from opensora_like.checkpoint.weights import newest_of
-from opensora_like.conditioning.masks import given_frames
+from opensora_like.conditioning.masks import Given
 from opensora_like.config import to_dict
 from opensora_like.evaluation.experts import read_expert
+from opensora_like.evaluation.outline import check_outline, check_references
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of, read_prompts
 from opensora_like.evaluation.references import find_reference
 from opensora_like.evaluation.refine_prompt import ChatEndpoint, Kind, choose_motion, refine
@@ -78,7 +79,7 @@ def first_image_path(cfg: InferenceConfig, job: Job) -> Path:
 
 
 def _plan(cfg: InferenceConfig) -> list[Job]:
-    _check_task(cfg)
+    given = _check_task(cfg)
     jobs = jobs_of(read_prompts(cfg), cfg.num_sample)
     settings = _settings(cfg)
     left = [job for job in jobs if cfg.overwrite or not _is_made(cfg, job, _request(settings, job))]
@@ -86,7 +87,8 @@ def _plan(cfg: InferenceConfig) -> list[Job]:
         logger.info("%d of %d files are there already", len(jobs) - len(left), len(jobs))
     prompts = {job.prompt.number: job.prompt for job in left}
     requests = {n: _request(settings, Job(p, 0)) for n, p in prompts.items()}
-    ready = dict(zip(prompts, _each(lambda n: _prepared(prompts[n], cfg, requests[n]), list(prompts)), strict=True))
+    done = _each(lambda n: _prepared(prompts[n], cfg, requests[n], given), list(prompts))
+    ready = dict(zip(prompts, done, strict=True))
     Path(cfg.save_dir).mkdir(parents=True, exist_ok=True)
     for job in left:
         _clear(cfg, job, request := _request(settings, job))
@@ -94,9 +96,10 @@ def _plan(cfg: InferenceConfig) -> list[Job]:
     return [Job(ready[job.prompt.number], job.repeat) for job in left]
 
 
-def _check_task(cfg: InferenceConfig) -> None:
-    read_expert(cfg)  # before anything is loaded
-    given = given_frames(cfg.cond_type, is_causal=True)
+def _check_task(cfg: InferenceConfig) -> Given:
+    """What the task is given, once it fits the settings; before anything is loaded."""
+    read_expert(cfg)
+    given = check_outline(cfg)
     if cfg.ref is not None and not any(given):
         raise ValueError(f"ref={cfg.ref!r} is not used with cond_type={cfg.cond_type!r}; add --cond-type i2v_head")
     if cfg.first_image is not None and max(given) != 1:
@@ -104,6 +107,7 @@ def _check_task(cfg: InferenceConfig) -> None:
             f"first_image draws one image, which cond_type={cfg.cond_type!r} does not go on from; use --cond-type "
             "i2v_head, or --first-image none"
         )
+    return given
 
 
 def _settings(cfg: InferenceConfig) -> dict[str, Any]:
@@ -195,14 +199,13 @@ def _each(function: Callable[[Any], Result], items: Sequence[Any]) -> list[Resul
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _prepared(prompt: Prompt, cfg: InferenceConfig, request: dict[str, Any]) -> Prompt:
+def _prepared(prompt: Prompt, cfg: InferenceConfig, request: dict[str, Any], given: Given) -> Prompt:
     """`prompt` with local references, its refined text and its motion score."""
-    return _refined(with_sound(_with_references(prompt, cfg), cfg), cfg, request)
+    return _refined(with_sound(_with_references(prompt, cfg, given), cfg), cfg, request)
 
 
-def _with_references(prompt: Prompt, cfg: InferenceConfig) -> Prompt:
-    needed = any(given_frames(cfg.cond_type, is_causal=True))
-    if not needed:
+def _with_references(prompt: Prompt, cfg: InferenceConfig, given: Given) -> Prompt:
+    if not any(given):
         return dataclasses.replace(prompt, refs=())
     if not prompt.refs and cfg.first_image is None:
         raise ValueError(
@@ -211,6 +214,7 @@ def _with_references(prompt: Prompt, cfg: InferenceConfig) -> Prompt:
         )
     folder, max_bytes = Path(cfg.save_dir) / REFERENCES, int(cfg.max_reference_mb * 1e6)
     found = [find_reference(ref, table_path=cfg.prompts, folder=folder, max_bytes=max_bytes) for ref in prompt.refs]
+    check_references(found, given, cond_type=cfg.cond_type)
     return dataclasses.replace(prompt, refs=tuple(found))
 
 

@@ -10,7 +10,10 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from opensora_like.datasets.video_text import caption_with_suffix
+from opensora_like.runtime import logger
 from opensora_like.settings import InferenceConfig
+
+COLUMNS = ["text", "name", "neg", "ref", "audio"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,15 @@ def read_prompts(cfg: InferenceConfig) -> list[Prompt]:
     """The prompts that a config names: one, or the rows of a csv.
 
     Raises:
-        ValueError: none or both are given, a csv without the column `text`, a row without text, two rows with one
+        ValueError: none or both are given, a csv without rows or the column `text`, no text, two rows with one
             name, or a setting that would not be used.
         FileNotFoundError: no such csv.
     """
     if (cfg.prompt is None) == (cfg.prompts is None):
         raise ValueError("give one of --prompt 'some text' and --prompts file.csv")
     if cfg.prompt is not None:
+        if not cfg.prompt.strip():
+            raise ValueError(f"prompt={cfg.prompt!r} has no text; write one")
         if (cfg.start_index, cfg.end_index) != (0, None):
             raise ValueError(
                 f"start_index={cfg.start_index}, end_index={cfg.end_index} count rows of --prompts, and --prompt is "
@@ -92,14 +97,18 @@ def _read_csv(path: Path, cfg: InferenceConfig) -> list[Prompt]:
     where = f"prompts={cfg.prompts!r}"
     if not path.is_file():
         raise FileNotFoundError(f"{where} does not exist")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        try:
-            rows = list(reader)
-        except (csv.Error, UnicodeDecodeError) as problem:
-            raise ValueError(f"{where} is not a readable csv: {problem}") from problem
-    if "text" not in (reader.fieldnames or ()):
-        raise ValueError(f"{where} has no column 'text'; it has {list(reader.fieldnames or ())}")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
+    except (csv.Error, UnicodeDecodeError) as problem:
+        raise ValueError(f"{where} is not a readable csv: {problem}") from problem
+    if "text" not in columns:
+        raise ValueError(f"{where} has no column 'text'; it has {columns}")
+    if not rows:
+        raise ValueError(f"{where} has no row below its header; write one for each prompt")
+    if unused := [name for name in columns if name not in COLUMNS]:
+        logger.warning("%s: columns %s are not used, only %s are; sizes and tasks are flags", where, unused, COLUMNS)
     seen: Counter[str] = Counter()
     prompts = []
     for number, row in enumerate(rows):

@@ -21,7 +21,7 @@ def video_size(cfg: InferenceConfig, *, multiple: int) -> tuple[int, int]:
     if (cfg.resolution is None) == (cfg.height is None or cfg.width is None):
         raise ValueError(
             f"resolution={cfg.resolution!r}, height={cfg.height!r}, width={cfg.width!r}: give either resolution "
-            "(and aspect_ratio) or both height and width"
+            "(and aspect_ratio) or both height and width; --resolution none takes back that of a config"
         )
     if cfg.resolution is None:
         height, width = cfg.height, cfg.width
@@ -30,7 +30,10 @@ def video_size(cfg: InferenceConfig, *, multiple: int) -> tuple[int, int]:
         table = shape_table(cfg.resolution, multiple=multiple, training=False)
         table |= shape_table(cfg.resolution, multiple=multiple)
         if cfg.aspect_ratio not in table:
-            raise ValueError(f"aspect_ratio={cfg.aspect_ratio!r}; {nearest(cfg.aspect_ratio, table)}")
+            raise ValueError(
+                f"aspect_ratio={cfg.aspect_ratio!r} is none that {cfg.resolution!r} has; "
+                f"{nearest(cfg.aspect_ratio, table)} Any other size: --resolution none --height H --width W"
+            )
         height, width = table[cfg.aspect_ratio]
     for name, value in (("height", height), ("width", width)):
         if value % multiple:

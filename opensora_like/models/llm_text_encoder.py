@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from opensora_like.models.image_encoders import prepared
 from opensora_like.models.text_encoders import FrozenEncoder
-from opensora_like.models.text_loading import DTYPES, Precision, check_source, load_model, pipeline_parts
+from opensora_like.models.text_loading import (
+    DTYPES,
+    Precision,
+    check_source,
+    load_model,
+    pipeline_parts,
+    read_tokenizer,
+)
 from opensora_like.models.tiny_encoders import tiny_sizes
 from opensora_like.models.tiny_llm import END_HEADER, IMAGE, special_id, tiny_llama, tiny_llava, tokenize_bytes
 from opensora_like.registry import MODELS
@@ -264,9 +271,7 @@ def _layer(num_skipped: int, num_layers: int, *, where: str) -> int:
 
 
 def _load_tokenizer(source: str, *, cache_dir: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir)
+    tokenizer = read_tokenizer(source, cache_dir=cache_dir)
     tokenizer.padding_side = "right"  # what is before the caption is counted from the left
     return tokenizer
 

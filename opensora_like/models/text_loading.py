@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,7 @@ def load_model(kind: str, source: str, *, dtype: Precision, cache_dir: str | Non
         source: folder, or name on the hub.
 
     Raises:
-        FileNotFoundError: a path that is no folder.
-        OSError: no model there.
+        FileNotFoundError: a path that is no folder, or no model there.
         ValueError: a model of another architecture.
     """
     import transformers
@@ -53,7 +52,7 @@ def load_model(kind: str, source: str, *, dtype: Precision, cache_dir: str | Non
     try:
         architecture = transformers.AutoConfig.from_pretrained(source, cache_dir=cache_dir).model_type
     except (OSError, ValueError) as error:
-        raise OSError(
+        raise FileNotFoundError(
             f"{kind} encoder: from_pretrained={source!r} is neither a folder with a model nor one the hub gives;"
             " give a local folder, or check the name and the network"
         ) from error
@@ -63,7 +62,10 @@ def load_model(kind: str, source: str, *, dtype: Precision, cache_dir: str | Non
             f" {sorted(ARCHITECTURES[kind])} is needed"
         )
     cls = getattr(transformers, ARCHITECTURES[kind][architecture])
-    return cls.from_pretrained(source, dtype=DTYPES[dtype], cache_dir=cache_dir)
+    try:
+        return cls.from_pretrained(source, dtype=DTYPES[dtype], cache_dir=cache_dir)
+    except OSError as error:
+        raise FileNotFoundError(f"{kind} encoder: from_pretrained={source!r} has no weights: {error}") from error
 
 
 def pipeline_parts(source: str, *, suffix: str = "") -> tuple[str, str]:
@@ -92,11 +94,30 @@ def tie_embeddings(model: nn.Module, *, where: str) -> None:
         raise ValueError(f"{where}: the table of token embeddings (shared.weight) is zero; the weights are not whole")
 
 
-def load_tokenizer(source: str, *, cache_dir: str | None) -> Tokenize:
-    """The published tokenizer at `source`; captions are cut and padded to the length."""
+def read_tokenizer(source: str, *, cache_dir: str | None) -> Any:
+    """The published tokenizer at `source`, a folder or a name on the hub.
+
+    Raises:
+        FileNotFoundError: there is none. Of a folder without its files transformers makes one without words, from the
+            model's config: every caption would be the same to it.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{source!r} has no tokenizer that can be read: {error}") from error
+    files = set(tokenizer.vocab_files_names.values())
+    if Path(source).is_dir() and files and not any((Path(source) / name).is_file() for name in files):
+        raise FileNotFoundError(
+            f"{source!r} has no tokenizer: a {type(tokenizer).__name__} needs one of {sorted(files)}; download it there"
+        )
+    return tokenizer
+
+
+def load_tokenizer(source: str, *, cache_dir: str | None) -> Tokenize:
+    """What `read_tokenizer` finds; captions are cut and padded to the length."""
+    tokenizer = read_tokenizer(source, cache_dir=cache_dir)
 
     def tokenize(texts: Sequence[str], length: int) -> Tensor:
         options = {"max_length": length, "padding": "max_length", "truncation": True, "return_tensors": "pt"}

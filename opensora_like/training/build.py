@@ -49,7 +49,7 @@ from opensora_like.training.errors import error_options
 from opensora_like.training.offload import build_offload
 from opensora_like.training.optim import build_rates, optimizer_factory
 from opensora_like.training.pretrained import Unfilled, build_unfilled, log_peak_memory
-from opensora_like.training.resume import begin_with_a_whole_step, load_state, log_report
+from opensora_like.training.resume import begin_with_a_whole_step, check_load, load_state, log_report
 from opensora_like.training.run_folder import open_run_folder
 from opensora_like.training.spikes import SpikeGuard
 from opensora_like.training.step import FlowMatchingStep, Scheduler
@@ -76,6 +76,7 @@ def build_run(
     offload = build_offload(cfg.grad_ckpt_buffer_size, runtime.device)
     folder, lock = open_run_folder(asked, runtime, config_name)
     rt.set_up_logging(runtime, folder / "log.txt")
+    check_load(cfg, folder)
     booster = build_booster(cfg, runtime)
     cached = open_cached(cfg)
     outline = build_outline(cfg, cached)
@@ -313,13 +314,11 @@ def make_schedule(cfg: RunConfig, booster: Booster, state: TrainState, *, length
         length: as `epoch_length` gives it.
 
     Raises:
-        ValueError: an accumulation below 1, a negative count, or rates that cannot be; see `build_rates`.
+        ValueError: a count that cannot be, or rates that cannot; see `build_rates`.
     """
-    if cfg.accumulation_steps < 1:
-        raise ValueError(f"accumulation_steps={cfg.accumulation_steps} must be 1 or more")
-    for name in ("steps", "epochs", "log_every", "ckpt_every"):
-        if (getattr(cfg, name) or 0) < 0:
-            raise ValueError(f"{name}={getattr(cfg, name)} must be 0 or more")
+    for name, least in (("steps", 1), ("epochs", 1), ("accumulation_steps", 1), ("log_every", 0), ("ckpt_every", 0)):
+        if (value := getattr(cfg, name)) is not None and value < least:
+            raise ValueError(f"{name}={value} must be {least} or more")
     total = cfg.steps
     if length is not None:
         micro_per_step = booster.dp_size * cfg.accumulation_steps

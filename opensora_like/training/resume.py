@@ -23,10 +23,9 @@ def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, 
 
     ``start_epoch`` and ``start_step`` keep all of that and move the data only.
     """
-    restart = cfg.start_epoch is not None or cfg.start_step is not None
-    check_load_settings(cfg, restart=restart)
     if cfg.load is None:
         return TrainState()
+    restart = cfg.start_epoch is not None or cfg.start_step is not None
 
     def load(source: Path) -> TrainState:
         if cfg.load_weights_only:
@@ -77,12 +76,17 @@ def begin_with_a_whole_step(state: TrainState, plan_of: Callable[[int], EpochPla
         state.epoch, state.micro_batch = state.epoch + 1, 0
 
 
-def check_load_settings(cfg: RunConfig, *, restart: bool) -> None:
-    """Refuse settings that would be ignored.
+def check_load(cfg: RunConfig, folder: Path) -> None:
+    """Refuse settings that would be ignored and a checkpoint that is not there, before weights are made; on all ranks.
+
+    Args:
+        folder: of the run.
 
     Raises:
         ValueError: `load_weights_only`, `load_strict`, `start_epoch` or `start_step` where they mean nothing.
+        FileNotFoundError: no complete checkpoint where `load` says.
     """
+    restart = cfg.start_epoch is not None or cfg.start_step is not None
     if restart and cfg.load is None:
         raise ValueError("start_epoch and start_step move the data of a loaded checkpoint; give --load as well")
     if cfg.load_weights_only and cfg.load is None:
@@ -91,6 +95,8 @@ def check_load_settings(cfg: RunConfig, *, restart: bool) -> None:
         raise ValueError("load_weights_only=True begins at the first step; remove start_epoch and start_step")
     if not cfg.load_strict and not cfg.load_weights_only:
         raise ValueError("load_strict=False is for weights alone; give --load-weights-only as well")
+    if cfg.load is not None:
+        found_by_main(lambda: layout.find_checkpoint(cfg.load, folder))
 
 
 def log_report(where: str, report: LoadReport) -> None:

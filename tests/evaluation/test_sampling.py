@@ -19,6 +19,7 @@ from opensora_like import runtime as rt
 from opensora_like.config import read_config
 from opensora_like.datasets.video_io import probe, read_frames
 from opensora_like.datasets.video_writing import write_image, write_video
+from opensora_like.evaluation import sampling
 from opensora_like.evaluation.generate import Sampled, VideoGenerator
 from opensora_like.evaluation.jobs import plan, record_path, share
 from opensora_like.evaluation.prompts import read_prompts
@@ -29,6 +30,7 @@ from tests.evaluation.local_server import Answer, LanguageModel, serving
 from tests.training.harness import ROOT, train_toy
 
 CONFIG = ROOT / "tests/training/toy_inference.py"
+GIVEN = ["--prompt", "a", "--cond-type", "i2v_head", "--ref"]
 CSV = 'text,name\na red ball,red\na blue ball,blue\n"a dog, running",dog\na red ball,again\n'
 
 
@@ -222,13 +224,37 @@ def test_videos_are_continued(checkpoint: str, tmp_path: Path, cond_type: str) -
         (None, ["--prompt", "a", "--sp-size", "2"], r"sp_size=2 does not divide the 1 processes"),
         (None, ["--prompt", "a", "--motion-score", "some"], "--motion-score='some' does not fit .*dynamic"),
         (None, ["--prompt", "a", "--first-image.num-steps", "2"], "first_image=.*needs a 'type'"),
+        (None, ["--prompt", " "], "prompt=' ' has no text"),
+        ("", [], r"no column 'text'; it has \[\]"),
+        ("text\n", [], "has no row below its header"),
+        (None, ["--prompt", "a", "--num-frames", "6", "--autoencoder.temporal-stride", "4"], "num_frames=6 is not"),
+        (None, ["--prompt", "a", "--width", "17"], "width=17 must be a multiple of 2"),
+        (None, ["--prompt", "a", "--resolution", "64px"], "height=16.*--resolution none takes back"),
+        (None, ["--prompt", "a", "--cond-type", "i2v_haed"], r"cond_type='i2v_haed': unknown task; did you mean \["),
+        (None, [*GIVEN, "{folder}/junk.png"], "junk.png': not a readable image"),
+        (None, [*GIVEN, "{folder}/junk.mp4"], "junk.mp4': not a video, cut off or damaged"),
+        (None, [*GIVEN, "{folder}/ok.png", "--num-frames", "1"], "is given 1 frames, none is left to make; raise num"),
+        (None, [*GIVEN, "{folder}/ok.png", "--cond-type", "v2v_head"], "num_frames=5: .*is given 33 frames"),
+        (None, [*GIVEN, "{folder}/ok.png", "--cond-type", "v2v_head", "--num-frames", "37"], "takes 33 .*it has 1$"),
+        (None, [*GIVEN, "{folder}/ok.png", "--model.cond-embed", "False"], "needs a model with cond_embed=True"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(
-    checkpoint: str, tmp_path: Path, text: str | None, arguments: list[str], message: str
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str | None,
+    arguments: list[str],
+    message: str,
 ) -> None:
-    """A csv that contradicts itself, and settings that would not be used."""
+    """A csv that contradicts itself, settings that would not be used or do not fit, references that cannot be read."""
+    for name in ("junk.png", "junk.mp4"):
+        (tmp_path / name).write_text("neither image nor video")
+    write_image(tmp_path / "ok.png", np.zeros((16, 16, 3), np.uint8))
     given = ["--prompts", write_prompts(tmp_path, text)] if text is not None else []
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    for name in ("build_frozen", "VideoGenerator"):  # whatever would load weights fails with another error
+        monkeypatch.setattr(sampling, name, None)
     with pytest.raises(ValueError, match=message):
         run("--ckpt-path", checkpoint, "--save-dir", str(tmp_path / "out"), *given, *arguments)
     assert not list(tmp_path.glob("out/*.mp4"))
@@ -239,6 +265,13 @@ def test_a_folder_that_cannot_be_written_is_told_to_all(checkpoint: str, tmp_pat
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ValueError, match=r"out"):
         run("--ckpt-path", checkpoint, "--save-dir", str(tmp_path / "out"), "--prompt", "a")
+
+
+def test_columns_that_are_not_used_are_told(checkpoint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A table may have more columns; that they do nothing is said. A byte order mark is none of the first one."""
+    (tmp_path / "p.csv").write_text('text,height,loop\n"a ""b"", c",64,1\n', encoding="utf-8-sig")
+    (prompt,) = read_prompts(config_of("--ckpt-path", checkpoint, "--prompts", str(tmp_path / "p.csv")))
+    assert prompt.text == 'a "b", c' and "columns ['height', 'loop'] are not used" in caplog.text
 
 
 def test_a_model_trained_without_given_frames(tmp_path: Path) -> None:

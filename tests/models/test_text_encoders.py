@@ -1,6 +1,7 @@
 """Text encoders: reproducible, frozen, cached within bounds, loaded from a folder, distinct for distinct captions."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,19 @@ def test_clip_pools_at_the_end_of_the_caption(tmp_path):
         CLIPTextEncoder(str(tmp_path))
 
 
+def test_a_folder_that_was_downloaded_in_part(tmp_path: Path) -> None:
+    """Without the tokenizer's files, of which transformers makes one that knows no word, or without weights."""
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=384, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer: a T5Tokenizer needs one of \['spiece.model', 'tok"):
+        T5TextEncoder(str(tmp_path), dtype="fp32")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"t5 encoder: from_pretrained=.* has no weights: .*model\.safetensors"):
+        T5TextEncoder(str(tmp_path), dtype="fp32")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_cannot_be_built_says_so(kind, tmp_path):
     """Errors name the argument: no source, two sources, a missing folder, a misspelt size, sizes that do not divide."""
@@ -167,7 +181,7 @@ def test_what_cannot_be_built_says_so(kind, tmp_path):
         small(kind, from_pretrained="x")
     with pytest.raises(FileNotFoundError, match=f"{kind} encoder: from_pretrained=.*not a folder"):
         KINDS[kind](str(tmp_path / "absent"))
-    with pytest.raises(OSError, match=f"{kind} encoder: from_pretrained=.*neither a folder with a model"):
+    with pytest.raises(FileNotFoundError, match=f"{kind} encoder: from_pretrained=.*neither a folder with a model"):
         KINDS[kind](str(tmp_path))
     with pytest.raises(ValueError, match="hidden_size"):
         small(kind, tiny={"hidden_sizes": 32})

@@ -171,6 +171,10 @@ def test_the_tool_prints_the_plan_and_fills_batches(plan):
     assert float(ratio[1]) < min(1.05, float(ratio[0]))
     code, _, errors = plan("--world-size", 6, "--split", 4)
     assert code == 2 and errors.startswith("plan.py: --world-size 6 does not divide")
+    code, _, errors = plan("--world-size", 0)
+    assert code == 2 and errors.startswith("plan.py: --world-size 0 does not divide")
+    code, _, errors = plan("--mfu", 0)
+    assert code == 2 and errors.startswith("plan.py: --mfu 0.0 is a share")
 
 
 def test_an_epoch_is_that_of_the_table(plan, tmp_path):

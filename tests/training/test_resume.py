@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opensora_like.checkpoint import layout
+from opensora_like.training import build
 from tests.training.harness import build_toy, tensors_of, train_toy
 
 
@@ -45,9 +46,19 @@ def test_a_partial_load_says_which_keys(tmp_path: Path) -> None:
         (["--load-weights-only"], "give --load as well"),
         (["--load", "latest", "--load-strict", "False"], "give --load-weights-only as well"),
         (["--load", "latest", "--load-weights-only", "--start-step", "3"], "remove start_epoch and start_step"),
+        (["--start-step", "0"], "move the data of a loaded checkpoint; give --load as well"),
+        (["--load", "absent"], "load='absent' is not a folder"),
+        (["--load", "absent/epoch*-global_step*"], "matches no complete checkpoint"),
+        (["--load", "latest"], "has no complete checkpoint; start without --load"),
+        (["--steps", "0"], "steps=0 must be 1 or more"),
+        (["--epochs", "-1"], "epochs=-1 must be 1 or more"),
     ],
 )
-def test_settings_that_would_be_ignored_are_errors(tmp_path: Path, arguments: list[str], message: str) -> None:
-    """Each says what is missing or too much."""
-    with pytest.raises(ValueError, match=message):
+def test_mistakes_are_errors_before_weights_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    """Each says what is missing, too much, or not there."""
+    for name in ("build_unfilled", "build_model", "build_frozen"):
+        monkeypatch.setattr(build, name, None)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         build_toy(tmp_path, *arguments)

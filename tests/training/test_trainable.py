@@ -124,7 +124,7 @@ def test_from_random_weights_only_the_export_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trainable_modules", "['atn.']"], r"trainable_modules: 'atn.' is in none of .* did you mean .*attn"),
+        (["--trainable_modules", "['atn.']"], r"trainable_modules: 'atn.' is in none of .* there are .*attn"),
         (["--trainable_modules", "[]"], "trains nothing"),
         (
             ["--trainable_modules", "['attn']", "--lora_config", "{'r': 2, 'target_modules': ['qkv']}"],

@@ -186,7 +186,7 @@ def _load(source: str, dtype: torch.dtype | None, *, cache_dir: str | None) -> n
             source, **options, torch_dtype=dtype, cache_dir=cache_dir, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise OSError(
+        raise FileNotFoundError(
             f"{where} is neither a folder with an autoencoder (or with vae/ in it) nor one the hub gives; give a local"
             " folder, or check the name and the network"
         ) from error
