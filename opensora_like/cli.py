@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -13,6 +14,8 @@ from typing import Any
 from opensora_like.config import config_text, read_config
 
 EXIT_USER_ERROR = 2
+# what the system answers where the program, not the user, asked for the wrong thing
+MISTAKES = (errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTTY, errno.ESPIPE, errno.ECHILD)
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,26 @@ def read_command_line(arguments: list[str], *, schema: type, usage: str) -> Comm
 def run_guarded(prepare: Callable[[list[str]], Callable[[], int]]) -> int:
     """Prepare with the command line, then work.
 
-    What goes wrong while preparing is the user's to mend: it is printed in one line (OPENSORA_LIKE_TRACEBACK=1
-    shows where it was found). What goes wrong at work is raised in full.
+    What goes wrong while preparing is the user's to mend, be it an input or the disk: it is printed in one line
+    (OPENSORA_LIKE_TRACEBACK=1 shows where it was found). What goes wrong at work is raised in full.
 
     Args:
         prepare: reads the command line and builds; returns the work, which returns the exit code.
     """
     try:
         work = prepare(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as problem:
+    except (ValueError, OSError) as problem:
+        if isinstance(problem, OSError) and problem.errno in MISTAKES:
+            raise
         if os.environ.get("OPENSORA_LIKE_TRACEBACK"):
             traceback.print_exc()
+        reason = str(problem)
+        if isinstance(problem, OSError) and problem.errno is not None and problem.filename is None:  # names no place
+            reason += "; OPENSORA_LIKE_TRACEBACK=1 shows where"
         rank = os.environ.get("RANK", "0")
         if rank == "0":
-            print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         elif "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-            print(f"{Path(sys.argv[0]).name}: rank {rank}: {problem}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: rank {rank}: {reason}", file=sys.stderr)
         return EXIT_USER_ERROR
     return work()
