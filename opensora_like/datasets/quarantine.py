@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json as plain_json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+
+from opensora_like.runtime import logger
 
 if TYPE_CHECKING:
     from opensora_like.datasets.shards import ShardedTable
@@ -40,7 +44,8 @@ def read_quarantine(path: str | Path, table: Table | ShardedTable) -> Quarantine
 
     Args:
         path: a csv (tools/doctor.py writes one) or a jsonl file (a run's bad_samples.jsonl) with the columns row, from
-            0, and path. Other columns are for the reader; a row may be listed more than once.
+            0, and path. Other columns are for the reader; a row may be listed more than once. A line of jsonl that
+            a kill or a full disk cut off does not count, and a warning tells which it is.
         table: whose rows they are.
 
     Raises:
@@ -80,7 +85,8 @@ def _read(file: Path, where: str) -> pa.Table:
         elif file.suffix.lower() == ".jsonl":
             schema = pa.schema(types)
             options = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-            table = json.read_json(file, parse_options=options) if file.stat().st_size else schema.empty_table()
+            lines = _whole_lines(file)
+            table = json.read_json(io.BytesIO(lines), parse_options=options) if lines else schema.empty_table()
         else:
             raise pa.ArrowInvalid("its suffix is neither .csv nor .jsonl")
     except (pa.ArrowException, UnicodeDecodeError) as problem:
@@ -88,3 +94,24 @@ def _read(file: Path, where: str) -> pa.Table:
     if missing := [name for name in COLUMNS if table[name].null_count]:
         raise ValueError(f"{where} has rows without {missing}; remove these lines, or run tools/doctor.py again")
     return table
+
+
+def _whole_lines(file: Path) -> bytes:
+    """The lines that are objects; all lines of a file that has no such, which is refused and is not an empty list."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    broken = {number for number, line in enumerate(lines, 1) if line.strip() and not _is_object(line)}
+    if len(broken) == sum(1 for line in lines if line.strip()) > 1:
+        return b"".join(lines)
+    for number in sorted(broken):
+        logger.warning(
+            "%s:%d is not a whole line of json and is left out: %r; where it was written by hand, mend it",
+            *(file, number, lines[number - 1][:120].decode(errors="replace").strip()),
+        )
+    return b"".join(line for number, line in enumerate(lines, 1) if number not in broken)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(plain_json.loads(line), dict)
+    except ValueError:  # of json, or of a letter that was cut in two
+        return False

@@ -1,6 +1,7 @@
 """The diagnosis says of every row what training's plan says, and quarantined rows are in no plan."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -145,6 +146,26 @@ def test_a_run_s_own_list_of_bad_samples_is_a_quarantine(tmp_path):
     assert read_quarantine(file, table).rows.tolist() == [2, 9]
     file.write_text("")
     assert len(read_quarantine(file, table)) == 0
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out_and_told(tmp_path, caplog):
+    """With its number, and what the next start wrote behind it; a file without any whole line is no list."""
+    table = read_table(_write(tmp_path))
+    file = tmp_path / "bad_samples.jsonl"
+    whole = json.dumps({"row": 2, "path": "clips/2.mp4", "reason": "gone"})
+    file.write_text(f'{whole}\n{{"row": 9, "pa{whole}\n{whole}\n{{"row": 7, "path": "clips/7.mp4", "re')
+    logger = logging.getLogger("opensora_like")
+    with caplog.at_level("WARNING", logger="opensora_like"):
+        logger.addHandler(caplog.handler)  # a run before this test may have turned propagation off
+        try:
+            assert read_quarantine(file, table).rows.tolist() == [2]
+        finally:
+            logger.removeHandler(caplog.handler)
+    told = "\n".join(caplog.messages)
+    assert f"{file}:2 " in told and f"{file}:4 " in told and f"{file}:1 " not in told and f"{file}:3 " not in told
+    file.write_text("row 2\nrow 9\n")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_quarantine(file, table)
 
 
 @pytest.mark.parametrize(
