@@ -69,7 +69,7 @@ def make_first_images(
         generator = rng.generator(cfg.seed + job.repeat, f"first image {prompt.text}", prompt.occurrence)
         image = drawer.draw(prompt.spoken, size, generator=generator, embeddings=embeddings.get(prompt.spoken))
         path = first_image_path(cfg, job)
-        with staged(path) as draft:
+        with staged(path, shared=True) as draft:
             write_image(draft, image)
         logger.info("first image %s", path)
     del drawer

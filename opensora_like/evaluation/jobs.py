@@ -185,7 +185,7 @@ def _write_record(cfg: InferenceConfig, job: Job, request: dict[str, Any]) -> No
         "references": list(prompt.refs),
         "request": request,
     }
-    with staged(record_path(cfg, job)) as draft:
+    with staged(record_path(cfg, job), shared=True) as draft:
         draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

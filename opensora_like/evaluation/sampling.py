@@ -96,10 +96,10 @@ def write_sampled(cfg: InferenceConfig, sampled: Sampled) -> Path:
     The file of pixels comes last and by rename: where it is there, all is there and whole.
     """
     path = video_path(cfg, Job(sampled.prompt, sampled.repeat))
-    with staged(path.with_suffix(".txt")) as draft:
+    with staged(path.with_suffix(".txt"), shared=True) as draft:
         draft.write_text(f"{sampled.caption}\n", encoding="utf-8")
     frames = to_frames(sampled.video_CTHW)
-    with staged(path) as draft:
+    with staged(path, shared=True) as draft:
         if len(frames) == 1:
             write_image(draft, frames[0])
         else:

@@ -24,6 +24,7 @@ from opensora_like.evaluation.generate import Sampled, VideoGenerator
 from opensora_like.evaluation.jobs import plan, record_path, share
 from opensora_like.evaluation.prompts import read_prompts
 from opensora_like.evaluation.sampling import build_sampling
+from opensora_like.publish import is_draft
 from opensora_like.runtime import Runtime
 from opensora_like.settings import InferenceConfig
 from tests.evaluation.local_server import Answer, LanguageModel, serving
@@ -314,4 +315,20 @@ def test_a_kill_leaves_whole_files_alone(checkpoint: str, tmp_path: Path) -> Non
     assert all(probe(path).num_frames == 33 for path in made)
     rest = run(*common)
     assert len(rest) == 16 - len(made) and not set(rest) & set(made)
-    assert len(list(out.glob("*.mp4"))) == 16 and not list(out.glob(".writing-*.mp4"))
+    assert len([file for file in out.glob("*.mp4") if not is_draft(file)]) == 16
+
+
+def test_two_commands_may_make_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One comes and goes while the other is writing: both end, and what is there is whole."""
+    cfg = config_of("--prompt", "a", "--save-dir", str(tmp_path), "--num-frames", "1")
+    sample = Sampled(read_prompts(cfg)[0], 0, "a", torch.zeros(3, 1, 32, 32))
+
+    def write_while_another_does(path: Path, frame: np.ndarray) -> None:
+        write_image(path, frame)
+        monkeypatch.setattr(sampling, "write_image", write_image)
+        sampling.write_sampled(cfg, sample)
+
+    monkeypatch.setattr(sampling, "write_image", write_while_another_does)
+    path = sampling.write_sampled(cfg, sample)
+    assert read_frames(str(path), [0]).shape == (1, 32, 32, 3)
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".png", ".txt"]
