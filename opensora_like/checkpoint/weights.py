@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.facts import frozen_source
 from opensora_like.checkpoint.pieces import PieceReader
 from opensora_like.models.base import Denoiser
+from opensora_like.runtime import found_by_main
 
 
 class LoadReport(NamedTuple):
@@ -116,7 +117,28 @@ def newest_of(path: Path, where: str) -> Path:
         return layout.find_checkpoint(str(path), path)
     if not path.exists():
         raise FileNotFoundError(f"{where}={str(path)!r} does not exist")
+    if path.is_symlink() and (path / layout.STATE_FILE).is_file():  # ``latest``, which a run that goes on moves
+        return path.resolve()
     return path
+
+
+def found_sources(section: Mapping[str, Any], names: Sequence[str], *, where: str) -> dict[str, Any]:
+    """`section` with the checkpoints that its `names` mean now: a run that goes on publishes others meanwhile.
+
+    All ranks call this and have the same.
+
+    Args:
+        where: what stands before a name in errors, as "model.".
+
+    Raises:
+        FileNotFoundError: nothing is there; on all ranks.
+    """
+    found = dict(section)
+    for name in names:
+        if isinstance(source := section.get(name), str):
+            newest = found_by_main(lambda path=Path(source), name=name: newest_of(path, f"{where}{name}"))
+            found[name] = source if newest == Path(source) else str(newest)
+    return found
 
 
 def _read_folder(path: Path, where: str) -> dict[str, Tensor]:

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from opensora_like import runtime as rt
 from opensora_like.boosters.sequence_parallel import SequenceGroup
-from opensora_like.checkpoint.weights import newest_of
+from opensora_like.checkpoint.weights import found_sources
 from opensora_like.datasets.resize import to_frames
 from opensora_like.datasets.video_writing import write_image, write_video
 from opensora_like.evaluation.first_image import make_first_images, with_first_image
@@ -38,9 +37,7 @@ def build_sampling(cfg: InferenceConfig, runtime: Runtime) -> Callable[[], list[
         ValueError, FileNotFoundError: as `plan`, `make_first_images` and `VideoGenerator`.
     """
     sequence = join_group(cfg, runtime)
-    if cfg.ckpt_path:  # that of a run may be another one a moment later
-        newest = rt.found_by_main(lambda: newest_of(Path(cfg.ckpt_path), "ckpt_path"))
-        cfg = dataclasses.replace(cfg, ckpt_path=str(newest))
+    cfg = with_found_sources(cfg)
     jobs = plan(cfg, runtime)
     if not jobs:
         logger.info("nothing to do in %r", cfg.save_dir)
@@ -53,6 +50,23 @@ def build_sampling(cfg: InferenceConfig, runtime: Runtime) -> Callable[[], list[
     if not is_leader(sequence):
         return lambda: generator.follow() or []
     return lambda: save_samples(generator, [with_first_image(cfg, job) for job in mine])
+
+
+def with_found_sources(cfg: InferenceConfig) -> InferenceConfig:
+    """`cfg` with the checkpoints in place of the runs that its weights are taken from, the same on all ranks.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    own = {"ckpt_path": cfg.ckpt_path, "lora_checkpoint": cfg.lora_checkpoint}
+    found = found_sources(own, list(own), where="")
+    if cfg.ckpt_path is None:  # or what is published is not read
+        found["model"] = found_sources(cfg.model, ["from_pretrained"], where="model.")
+    if cfg.other_expert is not None:
+        source = "from_pretrained" if cfg.other_expert.get("ckpt_path") is None else "ckpt_path"
+        names = [source, "lora_checkpoint"]
+        found["other_expert"] = found_sources(cfg.other_expert, names, where="other_expert.")
+    return dataclasses.replace(cfg, **found)
 
 
 def _first_stage(

@@ -26,7 +26,7 @@ from opensora_like.evaluation.find_weights import FoundWeights, config_beside, f
 from opensora_like.evaluation.generate import Frozen, VideoGenerator
 from opensora_like.evaluation.prompts import Job, Prompt, jobs_of, read_prompts
 from opensora_like.evaluation.report import write_report
-from opensora_like.evaluation.sampling import save_samples
+from opensora_like.evaluation.sampling import save_samples, with_found_sources
 from opensora_like.evaluation.speech import with_sound
 from opensora_like.evaluation.validation_report import SampleFile, VideoSheet
 from opensora_like.registry import MODELS, build
@@ -153,11 +153,12 @@ def build_validation(request: Request, runtime: Runtime) -> Callable[[], None]:
     Raises:
         ValueError, FileNotFoundError: prompts or weights that are not there or do not fit.
     """
+    request = _agreed(request)
     cached, jobs = _read_jobs(request)
     mine = jobs[runtime.rank :: runtime.world_size]
     generator = None
     with ExitStack() as unfinished:
-        cfg = _with_weights(request, runtime, unfinished)
+        cfg = with_found_sources(_with_weights(request, runtime, unfinished))
         if mine:
             frozen = None if cached is None else _cached_frozen(cfg, cached, runtime)
             generator = VideoGenerator(cfg, runtime.device, frozen=frozen)
@@ -179,6 +180,14 @@ def build_validation(request: Request, runtime: Runtime) -> Callable[[], None]:
             _write_results(request, cfg, joined)
 
     return work
+
+
+def _agreed(request: Request) -> Request:
+    """With the weights that rank 0 found: a run that goes on may have published others before the next one looked."""
+    if request.weights is None:
+        return request
+    kind, path, step, is_own = json.loads(rt.broadcast_text(json.dumps(request.weights, default=str)))
+    return dataclasses.replace(request, weights=FoundWeights(kind, Path(path), step, is_own))
 
 
 def _read_jobs(request: Request) -> tuple[CachedPrompts | None, list[Job]]:

@@ -49,7 +49,13 @@ from opensora_like.training.errors import error_options
 from opensora_like.training.offload import build_offload
 from opensora_like.training.optim import build_rates, optimizer_factory
 from opensora_like.training.pretrained import Unfilled, build_unfilled, log_peak_memory
-from opensora_like.training.resume import begin_with_a_whole_step, check_load, load_state, log_report
+from opensora_like.training.resume import (
+    begin_with_a_whole_step,
+    check_load,
+    load_state,
+    log_report,
+    with_found_sources,
+)
 from opensora_like.training.run_folder import open_run_folder
 from opensora_like.training.spikes import SpikeGuard
 from opensora_like.training.step import FlowMatchingStep, Scheduler
@@ -72,7 +78,8 @@ def build_run(
         ValueError: settings that do not fit each other, the data or the checkpoint.
         FileNotFoundError: a table, a file of weights or a checkpoint that is not there.
     """
-    asked, cfg = cfg, with_batch_sizes(cfg, runtime.world_size)
+    asked = with_found_sources(cfg)  # once and for all, also for what checkpoints say they stand on
+    cfg = with_batch_sizes(asked, runtime.world_size)
     offload = build_offload(cfg.grad_ckpt_buffer_size, runtime.device)
     folder, lock = open_run_folder(asked, runtime, config_name)
     rt.set_up_logging(runtime, folder / "log.txt")

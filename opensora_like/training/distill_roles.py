@@ -14,6 +14,7 @@ from opensora_like import runtime as rt
 from opensora_like.boosters.base import Booster, OptimizerFactory
 from opensora_like.boosters.pair import CRITIC, GENERATOR, PairBooster
 from opensora_like.checkpoint.adapters import merge_adapters
+from opensora_like.checkpoint.weights import found_sources
 from opensora_like.conditioning.encode import Encode
 from opensora_like.models.base import Denoiser, TextEncoder, encoders_of
 from opensora_like.models.lora import adapters_off, dropout_of
@@ -196,15 +197,16 @@ def null_conditions(encoders: Mapping[str, TextEncoder], settings: Distill) -> d
 def _build_before(cfg: RunConfig, settings: Distill, build_model: Callable[[RunConfig], Denoiser]) -> Denoiser:
     """The high expert, with its adapters merged."""
     assert settings.before is not None
+    before = found_sources(settings.before, ["from_pretrained", "lora_checkpoint"], where="distill.before.")
     plain = replace(
         cfg,
-        model={**cfg.model, "from_pretrained": settings.before["from_pretrained"]},
+        model={**cfg.model, "from_pretrained": before["from_pretrained"]},
         lora_config=None,
         lora_checkpoint=None,
         trainable_modules=None,
     )
     model = build_model(plain)
-    if (adapters := settings.before.get("lora_checkpoint")) is not None:
+    if (adapters := before.get("lora_checkpoint")) is not None:
         where = "distill.before.lora_checkpoint"
         number = merge_adapters(model, adapters, where=where, use_ema=True)
         logger.info("%s %s: %d tensors merged", where, adapters, number)

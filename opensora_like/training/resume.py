@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.adapters import check_scales
 from opensora_like.checkpoint.facts import CONFIG_FILE, check_order
 from opensora_like.checkpoint.lora_files import scale_of
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
-from opensora_like.checkpoint.weights import LoadReport
+from opensora_like.checkpoint.weights import LoadReport, found_sources
 from opensora_like.config import read_config
 from opensora_like.datasets.plan import EpochPlan, steps_in_epoch
 from opensora_like.runtime import found_by_main, logger
 from opensora_like.settings import RunConfig
+
+
+def with_found_sources(cfg: RunConfig) -> RunConfig:
+    """`cfg` with the checkpoints in place of the runs that its weights are taken from, the same on all ranks.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    found: dict[str, Any] = {"model": found_sources(cfg.model, ["from_pretrained"], where="model.")}
+    if cfg.lora_config is not None:
+        found |= found_sources({"lora_checkpoint": cfg.lora_checkpoint}, ["lora_checkpoint"], where="")
+    return replace(cfg, **found)
 
 
 def load_state(cfg: RunConfig, folder: Path, checkpoints: CheckpointManager, *, micro_per_step: int) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from opensora_like.checkpoint.weights import read_weights
 from opensora_like.config import read_config
 from opensora_like.evaluation.generate import VideoGenerator
 from opensora_like.evaluation.prompts import read_prompts
+from opensora_like.evaluation.sampling import with_found_sources
 from opensora_like.models.lora import adapters_of, add_lora, file_name, merge_lora, own_name
 from opensora_like.settings import InferenceConfig
 from opensora_like.training.build import build_model
@@ -87,6 +89,22 @@ def test_another_base_is_told(base: Path, whole, tmp_path: Path) -> None:
         run.lock.close()
         log = (tmp_path / str(is_told) / "toy/log.txt").read_text()
         assert ("they have to be the same" in log and str(moved) in log) == is_told
+
+
+def test_sources_that_name_a_run_are_looked_up_once(base: Path, whole, tmp_path: Path) -> None:
+    """By rank 0, and written down: what the run publishes meanwhile is neither another rank's nor a resume's."""
+    folder = shutil.copytree(base.parent, tmp_path / "base")
+    adapters = shutil.copytree(whole[1], tmp_path / "adapters")
+    (link := tmp_path / "latest").symlink_to(folder / base.name)
+    run = build_toy(tmp_path / "out", *lora_arguments(folder, "--lora_checkpoint", str(adapters)))
+    run.lock.close()
+    written = read_config(tmp_path / "out/toy/config.py").config
+    assert written.model["from_pretrained"] == str(folder / base.name)
+    assert written.lora_checkpoint == str(layout.complete_checkpoints(adapters)[-1])
+    sampling = read_config(INFERENCE, ["--prompt", "a", "--lora-checkpoint", str(link)], schema=InferenceConfig).config
+    expert = {"boundary": 0.9, "from_pretrained": "not read", "ckpt_path": str(folder)}
+    found = with_found_sources(dataclasses.replace(sampling, ckpt_path=str(folder), other_expert=expert))
+    assert found.lora_checkpoint == found.ckpt_path == found.other_expert["ckpt_path"] == str(folder / base.name)
 
 
 def test_two_processes_train_as_one_does(base: Path, tmp_path: Path) -> None:
