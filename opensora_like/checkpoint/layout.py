@@ -165,6 +165,23 @@ def recover(run: Path) -> None:
             folder.unlink() if is_file else shutil.rmtree(folder)
 
 
+def check_kept(keep: int, keep_every: int) -> None:
+    """Check what `remove_old` is told.
+
+    Raises:
+        ValueError: `keep_n_latest` that keeps nothing, or `keep_every` that is no count or would be ignored.
+    """
+    if keep == 0 or keep < -1:
+        raise ValueError(f"keep_n_latest={keep} would keep no checkpoint; use 1 or more, or -1 for all")
+    if keep_every < 0:
+        raise ValueError(f"keep_every={keep_every} must be a number of updates, or 0")
+    if keep_every and keep == -1:
+        raise ValueError(
+            f"keep_every={keep_every} is for what keep_n_latest would remove, and keep_n_latest=-1 keeps all; set "
+            "keep_n_latest to 1 or more, or remove keep_every"
+        )
+
+
 def remove_old(run: Path, keep: int, *, keep_every: int = 0) -> None:
     """Delete all but the `keep` newest complete checkpoints; called only after a publish. -1 keeps all.
 

@@ -65,10 +65,7 @@ class CheckpointManager:
         hook: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self.run, self.booster, self.ema, self.order = run, booster, ema, dict(order)
-        if keep_n_latest == 0 or keep_n_latest < -1:
-            raise ValueError(f"keep_n_latest={keep_n_latest} would keep no checkpoint; use 1 or more, or -1 for all")
-        if keep_every < 0:
-            raise ValueError(f"keep_every={keep_every} must be a number of updates, or 0")
+        layout.check_kept(keep_n_latest, keep_every)
         run.mkdir(parents=True, exist_ok=True)
         self._stop_on_error, self._hook = on_save_error == "stop", hook
         # a group of its own: the writer thread talks while the training does

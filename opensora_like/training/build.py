@@ -18,6 +18,7 @@ from opensora_like.boosters.base import Booster
 from opensora_like.boosters.pair import PairBooster
 from opensora_like.boosters.text_encoder_parallel import cut_t5
 from opensora_like.checkpoint.facts import frozen_facts
+from opensora_like.checkpoint.layout import check_kept
 from opensora_like.checkpoint.manager import CheckpointManager, TrainState
 from opensora_like.checkpoint.weights import load_pretrained
 from opensora_like.conditioning.encode import Encode
@@ -84,6 +85,7 @@ def build_run(
     folder, lock = open_run_folder(asked, runtime, config_name)
     rt.set_up_logging(runtime, folder / "log.txt")
     check_load(cfg, folder)
+    check_kept(cfg.keep_n_latest, cfg.keep_every)
     booster = build_booster(cfg, runtime)
     cached = open_cached(cfg)
     outline = build_outline(cfg, cached)

@@ -59,6 +59,14 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
         layout.remove_old(tmp_path, 0)
 
 
+@pytest.mark.parametrize(("keep", "keep_every"), [(-2, 0), (1, -1), (-1, 100)])
+def test_retention_that_cannot_be_is_named(keep: int, keep_every: int) -> None:
+    """Neither can be below its least value, and what nothing removes need not be kept."""
+    with pytest.raises(ValueError, match=f"keep_.*={keep}|keep_every={keep_every}"):
+        layout.check_kept(keep, keep_every)
+    layout.check_kept(2, 100)
+
+
 def test_what_an_earlier_start_left_is_older(tmp_path: Path) -> None:
     """Gone on with from update 2, the run's newest is 3 and not 9: it is found, and it is what retention keeps."""
     published(tmp_path, 2, 9)
