@@ -14,7 +14,7 @@ from opensora_like.checkpoint.weights import newest_of
 from opensora_like.conditioning.masks import Given
 from opensora_like.config import to_dict
 from opensora_like.evaluation.experts import read_expert
-from opensora_like.evaluation.outline import check_outline, check_references
+from opensora_like.evaluation.outline import check_first_image, check_outline, check_references
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of, read_prompts
 from opensora_like.evaluation.references import find_reference
 from opensora_like.evaluation.refine_prompt import ChatEndpoint, Kind, choose_motion, refine
@@ -107,6 +107,8 @@ def _check_task(cfg: InferenceConfig) -> Given:
             f"first_image draws one image, which cond_type={cfg.cond_type!r} does not go on from; use --cond-type "
             "i2v_head, or --first-image none"
         )
+    if cfg.first_image is not None:
+        check_first_image(cfg.first_image)
     return given
 
 

@@ -9,9 +9,11 @@ import torch
 
 from opensora_like.conditioning.captioned import check_tasks
 from opensora_like.conditioning.masks import TASKS, Given, fits, given_frames
+from opensora_like.datasets.aspect import shape_table
 from opensora_like.datasets.video_io import BadSample, is_image, probe, read_image
 from opensora_like.evaluation.video_size import video_size
 from opensora_like.models.base import Autoencoder, Denoiser
+from opensora_like.models.flux_image import MULTIPLE, FluxImage
 from opensora_like.registry import MODELS, build, nearest
 from opensora_like.settings import InferenceConfig
 
@@ -51,6 +53,15 @@ def check_given_frames(cfg: InferenceConfig, model: Denoiser) -> None:
     if any(given_frames(cfg.cond_type, is_causal=True)) and "visual" not in model.condition_names:
         raise ValueError(f"cond_type={cfg.cond_type!r} needs a model with cond_embed=True; use cond_type='t2v'")
     check_tasks(model, [cfg.cond_type], where=f"cond_type={cfg.cond_type!r}")
+
+
+def check_first_image(section: Mapping[str, Any]) -> None:
+    """Raises ValueError: settings that what draws the first image does not take, or a resolution that cannot be."""
+    drawer: FluxImage = build(section, MODELS, where="first_image")
+    try:
+        shape_table(drawer.resolution, multiple=MULTIPLE, training=False)
+    except ValueError as problem:
+        raise ValueError(f"first_image.resolution={drawer.resolution!r}: {problem}") from problem
 
 
 def check_references(refs: Sequence[str], given: Given, *, cond_type: str) -> None:

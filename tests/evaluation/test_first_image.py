@@ -15,6 +15,7 @@ from opensora_like import runtime as rt
 from opensora_like.config import read_config
 from opensora_like.datasets.resize import resize_crop
 from opensora_like.datasets.video_io import read_frames, read_image
+from opensora_like.evaluation import sampling
 from opensora_like.evaluation.first_image import image_size
 from opensora_like.evaluation.sampling import build_sampling
 from opensora_like.models.flux_image import FluxImage
@@ -115,7 +116,7 @@ def test_sizes_are_the_published_ones() -> None:
     assert image_size("768px", (16, 16)) == (768, 768)
 
 
-def test_mistakes_are_named(ready: list[str], tmp_path: Path) -> None:
+def test_mistakes_are_named(ready: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that has no use for an image, another pipeline, encoders that are not there, a misspelt argument."""
     common = ["--prompt", "a cat", "--save-dir", str(tmp_path)]
     with pytest.raises(ValueError, match="first_image draws one image, which cond_type='t2v' does not go on from"):
@@ -124,6 +125,9 @@ def test_mistakes_are_named(ready: list[str], tmp_path: Path) -> None:
         run(ready, *common, "--first-image.num-step", "3")
     with pytest.raises(ValueError, match=r"first_image.num_steps=0 must be 1 or more"):
         run(ready, *common, "--first-image.num-steps", "0")
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"first_image.resolution='big': "):
+        patched.setattr(sampling, "build_frozen", None)  # which would load the encoders
+        run(ready, *common, "--first-image.resolution", "big")
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(ValueError, match="holds a WanPipeline, not a FluxPipeline"):
         run(ready, *common, "--first-image.from-pretrained", str(tmp_path))
