@@ -21,7 +21,6 @@ from opensora_like.models.text_loading import (
     check_source,
     load_model,
     pipeline_parts,
-    read_tokenizer,
 )
 from opensora_like.models.tiny_encoders import tiny_sizes
 from opensora_like.models.tiny_llm import END_HEADER, IMAGE, special_id, tiny_llama, tiny_llava, tokenize_bytes
@@ -89,8 +88,8 @@ class LLMTextEncoder(FrozenEncoder):
         check_source("llm", from_pretrained, tiny, **sizes)
         if from_pretrained is not None:
             source, tokenizer = pipeline_parts(from_pretrained)
-            model = load_model("llm", source, dtype=dtype, cache_dir=cache_dir)
-            tokenize: MaskedTokenize = _masked(_load_tokenizer(tokenizer, cache_dir=cache_dir))
+            model, words = load_model("llm", source, tokenizer, dtype=dtype, cache_dir=cache_dir)
+            tokenize: MaskedTokenize = _masked(_padded_right(words))
         else:
             model, tokenize = tiny_llama(tiny_sizes(tiny, "llm")).to(DTYPES[dtype]), tokenize_bytes
         super().__init__(model, tokenize, cache_size=cache_size, cache_device=cache_device, **sizes)
@@ -270,8 +269,7 @@ def _layer(num_skipped: int, num_layers: int, *, where: str) -> int:
     return -(num_skipped + 1)
 
 
-def _load_tokenizer(source: str, *, cache_dir: str | None) -> Any:
-    tokenizer = read_tokenizer(source, cache_dir=cache_dir)
+def _padded_right(tokenizer: Any) -> Any:
     tokenizer.padding_side = "right"  # what is before the caption is counted from the left
     return tokenizer
 
@@ -290,6 +288,6 @@ def _load_llava(source: str, *, dtype: Precision, cache_dir: str | None) -> tupl
 
     folder, tokenizer = pipeline_parts(source)
     processor = Path(source) / "image_processor"
-    model = load_model("llava", folder, dtype=dtype, cache_dir=cache_dir)
+    model, words = load_model("llava", folder, tokenizer, dtype=dtype, cache_dir=cache_dir)
     prepare = CLIPImageProcessor.from_pretrained(processor if processor.is_dir() else source, cache_dir=cache_dir)
-    return model, prepare, _load_tokenizer(tokenizer, cache_dir=cache_dir)
+    return model, prepare, _padded_right(words)

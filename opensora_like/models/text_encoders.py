@@ -20,8 +20,8 @@ from opensora_like.models.text_loading import (
     Precision,
     Tokenize,
     check_source,
+    cut_and_pad,
     load_model,
-    load_tokenizer,
     pipeline_parts,
     tie_embeddings,
 )
@@ -80,8 +80,8 @@ def _read(
         model, tokenizer = from_pretrained, from_pretrained
         if kind in SUFFIXES:
             model, tokenizer = pipeline_parts(from_pretrained, suffix=SUFFIXES[kind])
-        loaded = load_model(kind, model, dtype=dtype, cache_dir=cache_dir)
-        return loaded, load_tokenizer(tokenizer, cache_dir=cache_dir)
+        loaded, words = load_model(kind, model, tokenizer, dtype=dtype, cache_dir=cache_dir)
+        return loaded, cut_and_pad(words)
     sizes = tiny_sizes(tiny, kind)
     made = tiny_clip(sizes, max_length) if kind == "clip" else tiny_t5(sizes, kind)
     return made.to(DTYPES[dtype]), byte_tokenizer(bos=kind == "clip")

@@ -34,15 +34,17 @@ def check_source(name: str, from_pretrained: str | None, tiny: Mapping | None, *
             raise ValueError(f"{name} encoder: {key}={size} must be 1 or more")
 
 
-def load_model(kind: str, source: str, *, dtype: Precision, cache_dir: str | None) -> nn.Module:
-    """The published encoder at `source`, of the architecture its config names.
+def load_model(
+    kind: str, source: str, tokenizer: str, *, dtype: Precision, cache_dir: str | None
+) -> tuple[nn.Module, Any]:
+    """The published encoder at `source`, of the architecture its config names, and its tokenizer, which is read first.
 
     Args:
         kind: a key of `ARCHITECTURES`.
-        source: folder, or name on the hub.
+        source, tokenizer: folders, or names on the hub.
 
     Raises:
-        FileNotFoundError: a path that is no folder, or no model there.
+        FileNotFoundError: a path that is no folder, or no model or no tokenizer there.
         ValueError: a model of another architecture.
     """
     import transformers
@@ -62,8 +64,9 @@ def load_model(kind: str, source: str, *, dtype: Precision, cache_dir: str | Non
             f" {sorted(ARCHITECTURES[kind])} is needed"
         )
     cls = getattr(transformers, ARCHITECTURES[kind][architecture])
+    words = read_tokenizer(tokenizer, cache_dir=cache_dir)
     try:
-        return cls.from_pretrained(source, dtype=DTYPES[dtype], cache_dir=cache_dir)
+        return cls.from_pretrained(source, dtype=DTYPES[dtype], cache_dir=cache_dir), words
     except OSError as error:
         raise FileNotFoundError(f"{kind} encoder: from_pretrained={source!r} has no weights: {error}") from error
 
@@ -115,9 +118,8 @@ def read_tokenizer(source: str, *, cache_dir: str | None) -> Any:
     return tokenizer
 
 
-def load_tokenizer(source: str, *, cache_dir: str | None) -> Tokenize:
+def cut_and_pad(tokenizer: Any) -> Tokenize:
     """What `read_tokenizer` finds; captions are cut and padded to the length."""
-    tokenizer = read_tokenizer(source, cache_dir=cache_dir)
 
     def tokenize(texts: Sequence[str], length: int) -> Tensor:
         options = {"max_length": length, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
