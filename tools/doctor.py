@@ -81,6 +81,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> int:
     for name in ("decode", "files", "workers", "epoch"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)} must be 0 or more")
+    if too_few := [world for world in args.world_size or () if world < 1]:
+        raise ValueError(f"--world-size {too_few[0]} must be 1 or more")
     if any(text.replace("-", "_").lstrip("_").startswith("dataset.data_path") for text in overrides):
         raise ValueError("the table is given twice: as the first argument and as --dataset.data-path; remove one")
     cfg = read_config(args.config, [*overrides, "--dataset.data-path", args.table], schema=RunConfig).config

@@ -238,6 +238,7 @@ def test_a_run_that_would_see_nothing_is_1_and_training_says_the_same(examine, f
         (("--quarantine", "emty_caption"), "empty_caption"),
         (("--dataset.data-path", "b.csv"), "given twice"),
         (("--decode", -1), "must be 0 or more"),
+        (("--world-size", 2, 0), "--world-size 0 must be 1 or more"),
         (("--dataset.quarantine", "none.csv"), "does not exist"),
     ],
 )
