@@ -56,7 +56,10 @@ def _similar_files(path: Path) -> str:
     for file in sorted(folder.rglob("*.py")):
         by_name.setdefault(file.name, []).append(str(file))
     near = [file for name in get_close_matches(path.name, by_name, n=3, cutoff=0.75) for file in by_name[name]]
-    return f"; did you mean {near}?" if near else f"; there are {sorted(map(str, folder.glob('*.py')))}"
+    if not by_name:
+        return f"; there is no config in folder {str(folder)!r}, nor below it"
+    there = sorted(map(str, folder.glob("*.py"))) or [str(file) for files in by_name.values() for file in files]
+    return f"; did you mean {near}?" if near else f"; there are {there[:12]}"
 
 
 def _layers_of(path: Path, seen: tuple[Path, ...]) -> list[Layer]:

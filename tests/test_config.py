@@ -223,9 +223,15 @@ def test_missing_files(base: Path, tmp_path: Path) -> None:
         read(tmp_path / "nowhere/base.py")
     below = tmp_path / "train/stage7.py"
     below.parent.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config in folder '.*train'"):
+        read(below)
     below.write_text("steps = 1")
     with pytest.raises(FileNotFoundError, match=r"did you mean \['.*train/stage7\.py'\]"):
         read(tmp_path / "stage7.py")
+    (tmp_path / "folders/train").mkdir(parents=True)
+    below.rename(tmp_path / "folders/train/stage7.py")
+    with pytest.raises(FileNotFoundError, match=r"there are \['.*folders/train/stage7\.py'\]"):
+        read(tmp_path / "folders/another.py")
     with pytest.raises(FileNotFoundError, match=r"its base 'gone.py'"):
         read(child(tmp_path / "gone.py", "steps = 1"))
     loop = tmp_path / "loop.py"
