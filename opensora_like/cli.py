@@ -61,7 +61,8 @@ def run_guarded(prepare: Callable[[list[str]], Callable[[], int]]) -> int:
     """Prepare with the command line, then work.
 
     What goes wrong while preparing is the user's to mend, be it an input or the disk: it is printed in one line
-    (OPENSORA_LIKE_TRACEBACK=1 shows where it was found). What goes wrong at work is raised in full.
+    (OPENSORA_LIKE_TRACEBACK=1 shows where it was found), before processes know of each other once per machine. What
+    goes wrong at work is raised in full.
 
     Args:
         prepare: reads the command line and builds; returns the work, which returns the exit code.
@@ -79,7 +80,9 @@ def run_guarded(prepare: Callable[[list[str]], Callable[[], int]]) -> int:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
-        elif "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        elif os.environ.get("LOCAL_RANK") == "0" or (  # files and rights may be those of one machine
+            "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        ):
             print(f"{Path(sys.argv[0]).name}: rank {rank}: {reason}", file=sys.stderr)
         return EXIT_USER_ERROR
     return work()

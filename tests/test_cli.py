@@ -40,3 +40,13 @@ def test_a_mistake_of_the_program_keeps_its_traceback():
     """A bad descriptor is nothing that a user can mend."""
     with pytest.raises(OSError, match="descriptor"):
         run_guarded(_failing(OSError(errno.EBADF, os.strerror(errno.EBADF))))
+
+
+def test_every_machine_speaks_once(capsys, monkeypatch):
+    """A disk that only the second machine lacks is told, though rank 0 knows nothing of it."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    for rank, local, told in (("8", "0", True), ("9", "1", False)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert run_guarded(_failing(FileNotFoundError("no 'a.csv'"))) == EXIT_USER_ERROR
+        assert ("rank 8: no 'a.csv'" in capsys.readouterr().err) == told
