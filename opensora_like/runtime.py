@@ -57,10 +57,11 @@ def start(*, timeout_minutes: float = 30.0) -> Runtime:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if local_rank >= (seen := torch.cuda.device_count()):
+            own = "; where each process is shown one of its own (srun --gpus-per-task=1), set LOCAL_RANK=0 for all"
             raise RuntimeError(
-                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                f"use --nproc_per_node {torch.cuda.device_count()} or fewer"
+                f"process {local_rank} of this machine has no GPU: it sees {seen}; use --nproc_per_node {seen} or fewer"
+                f"{own if seen == 1 else ''}"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
