@@ -25,7 +25,7 @@ from opensora_like import runtime as rt
 from opensora_like.cli import run_guarded
 from opensora_like.config import read_config
 from opensora_like.training.trainer import Run, train
-from tools.bench_trainer import build_silent
+from tools.bench_trainer import build_silent, parser_of
 
 NUM_BLOCKS = 4
 WARM_UP = 5
@@ -52,24 +52,19 @@ def step_seconds(run: Run, num_steps: int) -> list[float]:
 
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
-    if len(arguments) < 3 or arguments[0] in ("-h", "--help"):
-        raise ValueError(__doc__)
-    config, *rest = arguments
-    num_steps = 40
-    if "--num_steps" in rest:
-        at = rest.index("--num_steps")
-        num_steps = int(rest[at + 1])
-        del rest[at : at + 2]
-    cut = rest.index("--") if "--" in rest else len(rest)
-    switch, common = rest[:cut], rest[cut + 1 :]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    common = arguments[cut + 1 :]
+    given, switch = parser_of("bench_switches.py", __doc__, num_steps=40).parse_known_args(arguments[:cut])
+    if not switch:
+        raise ValueError("there is nothing to compare: give the setting that makes the difference, --key value")
     runtime = rt.start()
     folder = f"bench_switches-{time.time_ns()}" if runtime.world_size == 1 else "bench_switches"
     fixed = ["--outputs", tempfile.gettempdir(), "--tensorboard", "False", "--ckpt_every", "0"]
     runs = [
         build_silent(
-            read_config(config, [*common, *more, *fixed, "--exp_name", f"{folder}{number}"]).config,
+            read_config(given.config, [*common, *more, *fixed, "--exp_name", f"{folder}{number}"]).config,
             runtime,
-            config_name=config,
+            config_name=given.config,
         )
         for number, more in enumerate(([], switch))
     ]
@@ -80,7 +75,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
             step_seconds(run, WARM_UP)
         for _ in range(NUM_BLOCKS):
             for run, found in zip(runs, seconds, strict=True):
-                found.append(statistics.median(step_seconds(run, max(1, num_steps // NUM_BLOCKS))))
+                found.append(statistics.median(step_seconds(run, max(1, given.num_steps // NUM_BLOCKS))))
         without, with_it = (1000 * statistics.median(found) for found in seconds)
         if runtime.is_main:
             print(

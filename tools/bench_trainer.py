@@ -6,6 +6,7 @@ Bare and whole steps alternate in blocks, so that both see the same machine; one
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -52,21 +53,24 @@ def whole_seconds(run: Run, num_steps: int, *, clock: Callable[[], float] = time
     return clock() - began
 
 
+def parser_of(name: str, doc: str | None, *, num_steps: int) -> argparse.ArgumentParser:
+    """Of a command with a config; what it does not know are overrides."""
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog=name, description=doc, usage=argparse.SUPPRESS, **layout)
+    parser.add_argument("config")
+    parser.add_argument("--num_steps", type=int, default=num_steps, help=f"of each kind; default {num_steps}")
+    return parser
+
+
 def prepare(arguments: list[str]) -> Callable[[], int]:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        raise ValueError(__doc__)
-    num_steps = 100
-    if "--num_steps" in arguments:
-        at = arguments.index("--num_steps")
-        num_steps = int(arguments[at + 1])
-        del arguments[at : at + 2]
+    given, overrides = parser_of("bench_trainer.py", __doc__, num_steps=100).parse_known_args(arguments)
     folder = tempfile.mkdtemp()
     own = ["--outputs", folder, "--exp_name", "bench", "--tensorboard", "False", "--ckpt_every", "0"]
-    config = read_config(arguments[0], [*arguments[1:], *own]).config
-    run = build_silent(config, rt.start(), config_name=arguments[0])
+    config = read_config(given.config, [*overrides, *own]).config
+    run = build_silent(config, rt.start(), config_name=given.config)
 
     def work() -> int:
-        block = max(1, num_steps // NUM_BLOCKS)
+        block = max(1, given.num_steps // NUM_BLOCKS)
         bare_seconds(run, 3), whole_seconds(run, 3)  # warm up
         bare, whole = 0.0, 0.0
         for _ in range(NUM_BLOCKS):
