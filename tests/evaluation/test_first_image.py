@@ -149,3 +149,10 @@ def test_shipped_configs_have_the_published_values(name: str, resolution: str) -
         4.0,
         True,
     )
+
+
+def test_only_the_many_tokens_of_768px_are_shared() -> None:
+    """The published high_compression takes back the sequence parallelism of t2i2v_768px, its base."""
+    for name, sp_size in (("t2i2v_256px", 1), ("t2i2v_768px", "all"), ("high_compression", 1)):
+        path = ROOT / f"configs/diffusion/inference/{name}.py"
+        assert read_config(path, ["--prompt", "a"], schema=InferenceConfig).config.sp_size == sp_size

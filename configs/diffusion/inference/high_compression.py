@@ -2,7 +2,8 @@
 
 torchrun --nproc_per_node 1 scripts/diffusion/inference.py configs/diffusion/inference/high_compression.py \
     --prompt "raining, sea"
-Latents are scaled by 0.493 as in training. From text alone: --first-image none --cond-type t2v. Hardware: one GPU.
+Latents are scaled by 0.493 as in training. From text alone: --first-image none --cond-type t2v. Hardware: one GPU; more
+of them make a video each, as published, and --sp-size all lets them share each.
 Memory: weights as t2i2v_256px.py, fewer tokens.
 """
 
@@ -23,3 +24,4 @@ autoencoder = dict(
     dtype="bf16",
 )
 num_frames = 128
+sp_size = 1
