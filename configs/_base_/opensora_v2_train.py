@@ -1,7 +1,8 @@
 """How Open-Sora v2 was trained, whatever the stage; a stage adds its buckets and its learning rate.
 
 Captions drop out with 0.3162 per encoder, so both are gone with 0.1. For a table with a column score_vmafmotion,
---dataset.vmaf True tells it in the captions, as the published training did.
+--dataset.vmaf True tells it in the captions, as the published training did. The published optimizer is HybridAdam;
+AdamW makes the same updates, and needs no compiler, with which HybridAdam is built when it is first used.
 """
 
 dataset = dict(
