@@ -17,11 +17,11 @@ from opensora_like.checkpoint.weights import LoadReport, compare_shapes, read_ad
 from opensora_like.conditioning import wan_i2v
 from opensora_like.conditioning.masks import given_frames, inference_condition
 from opensora_like.datasets.resize import resize_crop
-from opensora_like.datasets.video_io import BadSample, is_image, probe, read_frames, read_image
+from opensora_like.datasets.video_io import is_image
 from opensora_like.evaluation import few_step, speech
 from opensora_like.evaluation.captioned_images import encode_prompts, start_of
 from opensora_like.evaluation.experts import load_expert, taking_turns
-from opensora_like.evaluation.outline import check_given_frames
+from opensora_like.evaluation.outline import check_given_frames, read_references
 from opensora_like.evaluation.placement import in_use
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of
 from opensora_like.evaluation.shared_video import Inputs, cut_sequence, is_leader, receive, send
@@ -327,30 +327,10 @@ class VideoGenerator:
             return self.autoencoder.encode(video_BCTHW.to(self.device)).float()
 
     def _read_references(self, refs: Sequence[str]) -> list[Tensor]:
-        """Pixels [C, T, H, W] of the frames that the task takes: the head's from the first reference, the tail's from
-        the last one (v2v: from the first)."""
+        """Pixels [C, T, H, W] of the frames that the task takes."""
         given = given_frames(self.cfg.cond_type, is_causal=self.autoencoder.is_causal)
-        if not refs:
-            return []
-        read = [self._read_end(refs[0], given.head, is_tail=False)] if given.head else []
-        if given.tail:
-            tail = refs[0] if self.cfg.cond_type.startswith("v2v") else refs[-1]
-            read.append(self._read_end(tail, given.tail, is_tail=True))
-        return read
-
-    def _read_end(self, path: str, num_frames: int, *, is_tail: bool) -> Tensor:
-        """Pixels of the first or last frames of one reference; an image has one frame. Returns: [C, T, H, W]."""
-        if is_image(path):
-            frames = read_image(path)
-        else:
-            found = probe(path).num_frames
-            if found < num_frames:
-                raise BadSample(
-                    path, f"cond_type={self.cfg.cond_type!r} takes {num_frames} frames of it, it has {found}"
-                )
-            first = found - num_frames if is_tail else 0
-            frames = read_frames(path, range(first, first + num_frames))
-        return resize_crop(frames, *self.size, image=is_image(path))
+        read = read_references(refs, given, cond_type=self.cfg.cond_type)
+        return [resize_crop(frames, *self.size, image=is_image(path)) for path, frames in read]
 
     def _velocity(
         self, forward: Callable[..., Tensor], x: Tensor, t_B: Tensor, conditions: dict[str, Tensor]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from opensora_like.conditioning.captioned import check_tasks
 from opensora_like.conditioning.masks import TASKS, Given, fits, given_frames
 from opensora_like.datasets.aspect import shape_table
-from opensora_like.datasets.video_io import BadSample, is_image, probe, read_image
+from opensora_like.datasets.video_io import BadSample, is_image, probe, read_frames, read_image
 from opensora_like.evaluation.video_size import video_size
 from opensora_like.models.base import Autoencoder, Denoiser
 from opensora_like.models.flux_image import MULTIPLE, FluxImage
@@ -65,8 +66,43 @@ def check_first_image(section: Mapping[str, Any]) -> None:
 
 
 def check_references(refs: Sequence[str], given: Given, *, cond_type: str) -> None:
-    """Raises BadSample: a reference that cannot be read, or has fewer frames than the task takes of one end of it."""
+    """Raises BadSample: a reference that cannot be read, or of which the task takes frames that it has not whole."""
     for ref in refs:
         found = len(read_image(ref)) if is_image(ref) else probe(ref).num_frames
         if found < max(given):
-            raise BadSample(ref, f"cond_type={cond_type!r} takes {max(given)} frames of it, it has {found}")
+            raise _too_short(ref, found, max(given), cond_type)
+    if not all(is_image(ref) for ref in refs):
+        read_references(refs, given, cond_type=cond_type)  # a header knows nothing of damaged frames
+
+
+def read_references(refs: Sequence[str], given: Given, *, cond_type: str) -> list[tuple[str, np.ndarray]]:
+    """The frames that the task takes: the head's from the first reference, the tail's from the last one (v2v: from the
+    first).
+
+    Returns: (reference, uint8 [T, H, W, 3]) of head and tail, as far as the task has them.
+
+    Raises:
+        BadSample: a reference that cannot be read, or is too short.
+    """
+    if not refs:
+        return []
+    head, tail = refs[0], refs[0] if cond_type.startswith("v2v") else refs[-1]
+    read = [(head, _read_end(head, given.head, is_tail=False, cond_type=cond_type))] if given.head else []
+    if given.tail:
+        read.append((tail, _read_end(tail, given.tail, is_tail=True, cond_type=cond_type)))
+    return read
+
+
+def _read_end(path: str, num_frames: int, *, is_tail: bool, cond_type: str) -> np.ndarray:
+    """The first or last frames of one reference; an image has one frame."""
+    if is_image(path):
+        return read_image(path)
+    found = probe(path).num_frames
+    if found < num_frames:
+        raise _too_short(path, found, num_frames, cond_type)
+    first = found - num_frames if is_tail else 0
+    return read_frames(path, range(first, first + num_frames))
+
+
+def _too_short(path: str, found: int, num_frames: int, cond_type: str) -> BadSample:
+    return BadSample(path, f"cond_type={cond_type!r} takes {num_frames} frames of it, it has {found}")

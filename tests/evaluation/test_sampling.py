@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ import pytest
 import torch
 
 from opensora_like import runtime as rt
+from opensora_like.conditioning.masks import given_frames
 from opensora_like.config import read_config
-from opensora_like.datasets.video_io import probe, read_frames
+from opensora_like.datasets.video_io import BadSample, probe, read_frames
 from opensora_like.datasets.video_writing import write_image, write_video
 from opensora_like.evaluation import sampling
 from opensora_like.evaluation.generate import Sampled, VideoGenerator
 from opensora_like.evaluation.jobs import plan, record_path, share
+from opensora_like.evaluation.outline import check_references
 from opensora_like.evaluation.prompts import read_prompts
 from opensora_like.evaluation.sampling import build_sampling
 from opensora_like.publish import is_draft
@@ -206,6 +209,19 @@ def test_videos_are_continued(checkpoint: str, tmp_path: Path, cond_type: str) -
     write_video(tmp_path / "short.mp4", frames[:10], 24)
     with pytest.raises(ValueError, match=f"takes {given} frames of it, it has 10"):
         sampled(checkpoint, *common, "--ref", str(tmp_path / "short.mp4"))
+
+
+@pytest.mark.parametrize(("cond_type", "is_read"), [("i2v_head", False), ("i2v_tail", True), ("v2v_head", True)])
+def test_damaged_frames_that_the_task_takes_are_found_first(tmp_path: Path, cond_type: str, is_read: bool) -> None:
+    """A header tells how many frames there are and not whether they are whole; those that are not taken may be torn."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "torn.mp4", noise, 24, crf=10)
+    data = bytearray((tmp_path / "torn.mp4").read_bytes())
+    data[len(data) // 4 : -4096] = b"\xff" * (len(data) - 4096 - len(data) // 4)
+    (tmp_path / "torn.mp4").write_bytes(data)
+    given = given_frames(cond_type, is_causal=True)
+    with pytest.raises(BadSample, match="torn") if is_read else nullcontext():
+        check_references([str(tmp_path / "torn.mp4")], given, cond_type=cond_type)
 
 
 @pytest.mark.parametrize(
