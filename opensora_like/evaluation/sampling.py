@@ -6,6 +6,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,9 +39,7 @@ def build_sampling(cfg: InferenceConfig, runtime: Runtime) -> Callable[[], list[
         ValueError, FileNotFoundError: as `plan`, `make_first_images` and `VideoGenerator`.
     """
     sequence = join_group(cfg, runtime)
-    if cfg.ckpt_path:  # that of a run may be another one a moment later
-        newest = rt.found_by_main(lambda: newest_of(Path(cfg.ckpt_path), "ckpt_path"))
-        cfg = dataclasses.replace(cfg, ckpt_path=str(newest))
+    cfg = _pinned(cfg)
     jobs = plan(cfg, runtime)
     if not jobs:
         logger.info("nothing to do in %r", cfg.save_dir)
@@ -53,6 +52,20 @@ def build_sampling(cfg: InferenceConfig, runtime: Runtime) -> Callable[[], list[
     if not is_leader(sequence):
         return lambda: generator.follow() or []
     return lambda: save_samples(generator, [with_first_image(cfg, job) for job in mine])
+
+
+def _pinned(cfg: InferenceConfig) -> InferenceConfig:
+    """With the checkpoints that its runs have now, as rank 0 sees them: they may have others a moment later."""
+
+    def newest(source: str | None, where: str) -> str | None:
+        return str(rt.found_by_main(lambda: newest_of(Path(source), where))) if source else source
+
+    names, other = ("ckpt_path", "lora_checkpoint"), cfg.other_expert
+    found: dict[str, Any] = {name: newest(getattr(cfg, name), name) for name in names}
+    if other is not None:
+        pinned = {name: newest(other[name], f"other_expert.{name}") for name in names if name in other}
+        found["other_expert"] = {**other, **pinned}
+    return dataclasses.replace(cfg, **found)
 
 
 def _first_stage(
