@@ -21,7 +21,7 @@ from opensora_like.datasets.video_io import BadSample, is_image, probe, read_fra
 from opensora_like.evaluation import few_step, speech
 from opensora_like.evaluation.captioned_images import encode_prompts, start_of
 from opensora_like.evaluation.experts import load_expert, taking_turns
-from opensora_like.evaluation.outline import check_given_frames
+from opensora_like.evaluation.outline import guidance_of
 from opensora_like.evaluation.placement import in_use
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of
 from opensora_like.evaluation.shared_video import Inputs, cut_sequence, is_leader, receive, send
@@ -164,28 +164,11 @@ class VideoGenerator:
         self._other = load_expert(cfg, device, load_denoiser, sequence=sequence)
         self.scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=self.model.patch_size)
         few_step.check_few_step(cfg)
-        self.guidance = self._guidance()
+        self.guidance = guidance_of(cfg, self.model)
         if is_leader(sequence):
             self.autoencoder, self.encoders = frozen or build_frozen(cfg, device)
             self.size = video_size(cfg, multiple=self.autoencoder.spatial_stride * self.model.patch_size)
             self._set_length(cfg.num_frames)
-
-    def _guidance(self) -> Guidance:
-        """The scales that apply to the task.
-
-        Raises:
-            ValueError: an unknown task, or one with references for a model that takes none.
-        """
-        cfg = self.cfg
-        check_given_frames(cfg, self.model)
-        guidance = Guidance(
-            text=cfg.guidance,
-            image=cfg.guidance_img,
-            text_osci=cfg.text_osci,
-            image_osci=cfg.image_osci,
-            scale_temporal_osci=cfg.scale_temporal_osci,
-        )
-        return speech.guided_by_sound(cfg, guidance.for_task(cfg.cond_type), self.model)
 
     def _set_length(self, num_frames: int) -> None:
         self.num_frames = num_frames
