@@ -13,7 +13,7 @@ from torch import Tensor
 from opensora_like import rng
 from opensora_like.boosters.sequence_parallel import SequenceGroup
 from opensora_like.checkpoint.adapters import merge_asked
-from opensora_like.checkpoint.weights import LoadReport, compare_shapes, read_adapted, read_also
+from opensora_like.checkpoint.weights import LoadReport, check_agree, compare_shapes, read_adapted, read_also
 from opensora_like.conditioning import wan_i2v
 from opensora_like.conditioning.masks import given_frames, inference_condition
 from opensora_like.datasets.resize import resize_crop
@@ -81,7 +81,9 @@ def load_denoiser(cfg: InferenceConfig) -> Denoiser:
         raise ValueError("no weights: give --ckpt-path with a checkpoint folder or a safetensors file")
     weights, changes = read_adapted(model, source, use_ema=cfg.use_ema, where="ckpt_path")
     added, more = read_also(model)  # a checkpoint has been trained on top of it
-    weights = {**weights, **added} if cfg.ckpt_path is None else {**added, **weights}
+    if cfg.ckpt_path is None:
+        check_agree(model, weights, added, source=source)
+    weights = {**added, **weights}
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     report, fitting = compare_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, own)
     report = report._replace(adapted=(*changes, *more))
