@@ -165,6 +165,8 @@ def predict(
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"parameters {parameters:,} of the denoiser, {encode.num_parameters:,} of the autoencoder")
     console.print("cost in TFLOP: " + " ".join(f"{name} {getattr(cost, name):.4g}" for name in COEFFICIENTS))
+    if uncounted := [name for name in ("lora_config", "distill") if getattr(cfg, name) is not None]:
+        notes.append(f"not counted: {' and '.join(uncounted)}; memory and times are of one model that is trained whole")
     for note in notes:
         console.print(note)
     coded = getattr(autoencoder, "mini_batch_size", None)

@@ -3,7 +3,9 @@
 python tools/token_buckets.py --image_sample_size 1024 --video_sample_size 256 --token_sample_size 512 \\
     --video_sample_n_frames 49 [--train_batch_size 1] [--published_shapes 16]
 
-The frames at each size are those of the documents: 512 with 49 frames gives 49, 768 gives 21, 1024 gives 9.
+The frames at each size are those of the documents: 512 with 49 frames gives 49, 768 gives 21, 1024 gives 9. Without
+--image_sample_size, as FantasyTalking's commands have it, there are no images, and --video_sample_size is the largest
+square, 256 the smallest.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from opensora_like.datasets.token_budget import bucket_config_of
 
 def prepare(arguments: list[str]) -> Callable[[], int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_sample_size", type=int, required=True, help="side of the largest square, pixels")
+    parser.add_argument("--image_sample_size", type=int, help="side of the largest square, pixels; see above")
     parser.add_argument("--video_sample_size", type=int, required=True, help="side of the smallest square, pixels")
     parser.add_argument("--token_sample_size", type=int, required=True, help="side at which a clip has all frames")
     parser.add_argument("--video_sample_n_frames", type=int, required=True)

@@ -25,7 +25,7 @@ from opensora_like.checkpoint import layout
 from opensora_like.checkpoint.adapters import merge_adapters, peft_config
 from opensora_like.checkpoint.export import WHOLE, checkpoint_weights, export_weights, parse_size
 from opensora_like.checkpoint.facts import read_state
-from opensora_like.checkpoint.lora_files import PEFT_CONFIG, to_kohya
+from opensora_like.checkpoint.lora_files import PEFT_CONFIG, PEFT_STEM, to_kohya
 from opensora_like.cli import run_guarded
 from opensora_like.config import read_config
 from opensora_like.config_file import read_layers
@@ -35,7 +35,6 @@ from opensora_like.settings import RunConfig
 from opensora_like.training.build import build_model
 from opensora_like.training.measure import build_on_meta
 
-ADAPTERS = "adapter_model"  # the name that peft looks for
 KOHYA = "lora_kohya"
 
 
@@ -100,7 +99,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         named = to_kohya(weights, config.lora_config, build_on_meta(config.model, where="model"))
         weights, base_name = Loaded({n: t.to(dtype if t.ndim else t.dtype) for n, t in named.items()}), KOHYA
     elif is_lora:
-        weights, base_name = Loaded({file_name(name): weights[name] for name in weights}), ADAPTERS
+        weights, base_name = Loaded({file_name(name): weights[name] for name in weights}), PEFT_STEM
     max_shard_size = parse_size(given.max_shard_size)
 
     def work() -> int:
@@ -112,7 +111,7 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
             base_name=base_name,
             on_file=lambda path: print(f"wrote {path}"),
         )
-        if base_name == ADAPTERS:
+        if base_name == PEFT_STEM:
             (given.out / PEFT_CONFIG).write_text(peft_config(config.lora_config, config.model.get("from_pretrained")))
         if base_name == WHOLE:
             write_published_config(folder / "config.py", given.out)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from opensora_like.models.lora import ADAPTER, own_name
 
 PEFT_CONFIG = "adapter_config.json"
+PEFT_STEM = "adapter_model"  # of the file that peft's settings lie beside
 KOHYA_PREFIX = "lora_unet__"
 # what other programs put before the names of a denoiser's modules; taken off as long as one is there
 PREFIXES = (
@@ -101,10 +102,13 @@ def parse_adapters(
 
 
 def read_settings(source: Path) -> dict[str, Any] | None:
-    """peft's adapter_config.json of a folder, or what diffusers notes in a file's metadata; None where neither is."""
+    """peft's adapter_config.json, of a folder or of the file in it; or what diffusers notes in a file's metadata; None
+    where neither is."""
+    file = (source if source.is_dir() else source.parent) / PEFT_CONFIG
+    if (source.is_dir() or source.stem == PEFT_STEM) and file.is_file():
+        return json.loads(file.read_text())
     if source.is_dir():
-        file = source / PEFT_CONFIG
-        return json.loads(file.read_text()) if file.is_file() else None
+        return None
     if source.suffix != ".safetensors":
         return None
     from safetensors import safe_open

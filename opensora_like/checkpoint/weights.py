@@ -111,6 +111,25 @@ def read_also(model: Denoiser) -> tuple[dict[str, Tensor], list[str]]:
     return weights, notes
 
 
+def check_agree(model: Denoiser, weights: Mapping[str, Tensor], added: Mapping[str, Tensor], *, source: str) -> None:
+    """Refuse two sources of one weight: what was trained further would be replaced by what is put over it.
+
+    Args:
+        weights: read from `source`, the model's `from_pretrained`.
+        added: as `read_also` gives them.
+
+    Raises:
+        ValueError: both have a weight, and it is not the same.
+    """
+    both = [name for name in added if name in weights]
+    if differ := [name for name in both if not torch.equal(weights[name].float(), added[name].float())]:
+        second = next(iter(model.also_pretrained))
+        raise ValueError(
+            f"model.from_pretrained={source!r} has {len(differ)} of the tensors of {second}="
+            f"{model.also_pretrained[second]!r}, and others: {differ[:2]}; to go on from them set {second} to None"
+        )
+
+
 def newest_of(path: Path, where: str) -> Path:
     """`path` itself, or the newest checkpoint that it means (a pattern, or the folder of a run)."""
     if any(c in str(path) for c in "*?[") or (path.is_dir() and layout.complete_checkpoints(path)):
@@ -208,6 +227,7 @@ def load_pretrained(model: Denoiser, source: str, *, where: str, strict: bool, u
     """
     weights, changes = read_adapted(model, source, use_ema=use_ema, where=where)
     added, more = read_also(model)
+    check_agree(model, weights, added, source=source)
     report = load_weights(model, {**weights, **added}, where=f"{where}={source!r}", strict=strict)
     changes = [*changes, *more]
     return report._replace(adapted=tuple(changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 STEP = 128  # pixels between the sizes of a run
+LEAST_SPEECH = 256  # side of the smallest square of a run that names no size of images
 BASE = 512  # side of the square that the published shapes are listed for
 UNLISTED = (672, 352)  # the one shape of the rule below that the published list leaves out
 
@@ -55,7 +56,7 @@ def published_shapes(size: int, *, multiple: int) -> list[tuple[int, int]]:
 
 def bucket_config_of(
     *,
-    image_size: int,
+    image_size: int | None,
     video_size: int,
     token_size: int,
     num_frames: int,
@@ -67,11 +68,14 @@ def bucket_config_of(
 
     Args:
         image_size, video_size, token_size: sides of squares in pixels: the largest size, the smallest, and the one at
-            which a clip has `num_frames`.
+            which a clip has `num_frames`. None for `image_size` is a run of clips alone, as FantasyTalking's: there
+            `video_size` is the largest, 256 the smallest.
         multiple: of the sides of `published_shapes`, which are then listed; None leaves the shapes to this program.
 
     Raises:
         ValueError: a number below 1.
+
+    Source: VideoX-Fun, scripts/wan2.2/train.py and scripts/fantasytalking/train.py.
     """
     given = {
         "image_sample_size": image_size,
@@ -81,13 +85,17 @@ def bucket_config_of(
         "train_batch_size": batch_size,
     }
     for name, value in given.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be 1 or more")
     found: dict[str, dict[int, tuple[float, int]]] = {}
-    for place, size in enumerate(sizes_of(image_size=image_size, video_size=video_size), 1):
+    ends = {"image_size": image_size, "video_size": video_size}
+    if image_size is None:
+        ends = {"image_size": video_size, "video_size": min(LEAST_SPEECH, video_size)}
+    for place, size in enumerate(sizes_of(**ends), 1):
         # sizes are tried from the largest: kept with 1/k at the k-th, all k are equally likely
         keep = (round(1 / place, 6), batch_size)
         shapes = [] if multiple is None else published_shapes(size, multiple=multiple)
         name = ",".join(f"{height}x{width}" for height, width in shapes) or f"{size}px"
-        found[name] = {frames_at(size, token_size=token_size, num_frames=num_frames): keep} | {1: keep}
+        images = {} if image_size is None else {1: keep}
+        found[name] = {frames_at(size, token_size=token_size, num_frames=num_frames): keep} | images
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 from opensora_like import rng
 from opensora_like.boosters.sequence_parallel import SequenceGroup
 from opensora_like.checkpoint.adapters import merge_asked
-from opensora_like.checkpoint.weights import LoadReport, compare_shapes, read_adapted, read_also
+from opensora_like.checkpoint.weights import LoadReport, check_agree, compare_shapes, read_adapted, read_also
 from opensora_like.conditioning import wan_i2v
 from opensora_like.conditioning.masks import given_frames, inference_condition
 from opensora_like.datasets.resize import resize_crop
@@ -21,7 +21,7 @@ from opensora_like.datasets.video_io import is_image
 from opensora_like.evaluation import few_step, speech
 from opensora_like.evaluation.captioned_images import encode_prompts, start_of
 from opensora_like.evaluation.experts import load_expert, taking_turns
-from opensora_like.evaluation.outline import check_given_frames, read_references
+from opensora_like.evaluation.outline import guidance_of, read_references
 from opensora_like.evaluation.placement import in_use
 from opensora_like.evaluation.prompts import Job, Prompt, caption_of, jobs_of
 from opensora_like.evaluation.shared_video import Inputs, cut_sequence, is_leader, receive, send
@@ -81,7 +81,9 @@ def load_denoiser(cfg: InferenceConfig) -> Denoiser:
         raise ValueError("no weights: give --ckpt-path with a checkpoint folder or a safetensors file")
     weights, changes = read_adapted(model, source, use_ema=cfg.use_ema, where="ckpt_path")
     added, more = read_also(model)  # a checkpoint has been trained on top of it
-    weights = {**weights, **added} if cfg.ckpt_path is None else {**added, **weights}
+    if cfg.ckpt_path is None:
+        check_agree(model, weights, added, source=source)
+    weights = {**added, **weights}
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     report, fitting = compare_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, own)
     report = report._replace(adapted=(*changes, *more))
@@ -164,28 +166,11 @@ class VideoGenerator:
         self._other = load_expert(cfg, device, load_denoiser, sequence=sequence)
         self.scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=self.model.patch_size)
         few_step.check_few_step(cfg)
-        self.guidance = self._guidance()
+        self.guidance = guidance_of(cfg, self.model)
         if is_leader(sequence):
             self.autoencoder, self.encoders = frozen or build_frozen(cfg, device)
             self.size = video_size(cfg, multiple=self.autoencoder.spatial_stride * self.model.patch_size)
             self._set_length(cfg.num_frames)
-
-    def _guidance(self) -> Guidance:
-        """The scales that apply to the task.
-
-        Raises:
-            ValueError: an unknown task, or one with references for a model that takes none.
-        """
-        cfg = self.cfg
-        check_given_frames(cfg, self.model)
-        guidance = Guidance(
-            text=cfg.guidance,
-            image=cfg.guidance_img,
-            text_osci=cfg.text_osci,
-            image_osci=cfg.image_osci,
-            scale_temporal_osci=cfg.scale_temporal_osci,
-        )
-        return speech.guided_by_sound(cfg, guidance.for_task(cfg.cond_type), self.model)
 
     def _set_length(self, num_frames: int) -> None:
         self.num_frames = num_frames

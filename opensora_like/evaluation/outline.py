@@ -1,4 +1,4 @@
-"""What a sampling run can be refused for before weights are read: its task, size and length, and its references."""
+"""What a sampling run can be refused for before weights are read: task, scales, size, length and references."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from opensora_like.conditioning.captioned import check_tasks
 from opensora_like.conditioning.masks import TASKS, Given, fits, given_frames
 from opensora_like.datasets.aspect import shape_table
 from opensora_like.datasets.video_io import BadSample, is_image, probe, read_frames, read_image
+from opensora_like.evaluation.few_step import check_few_step
+from opensora_like.evaluation.speech import guided_by_sound
 from opensora_like.evaluation.video_size import video_size
 from opensora_like.models.base import Autoencoder, Denoiser
 from opensora_like.models.flux_image import MULTIPLE, FluxImage
 from opensora_like.registry import MODELS, build, nearest
+from opensora_like.schedulers.samplers import Guidance
 from opensora_like.settings import InferenceConfig
 
 
@@ -25,13 +28,14 @@ def check_outline(cfg: InferenceConfig) -> Given:
     Returns: frames that the task is given.
 
     Raises:
-        ValueError: a task, a size or a length that the models cannot make.
+        ValueError: a task, a size or a length that the models cannot make, or scales and times that nothing reads.
     """
     if cfg.cond_type not in TASKS:
         raise ValueError(f"cond_type={cfg.cond_type!r}: unknown task; {nearest(cfg.cond_type, TASKS)}")
     model: Denoiser = _on_meta(cfg.model, where="model")
     autoencoder: Autoencoder = _on_meta(cfg.autoencoder, where="autoencoder")
-    check_given_frames(cfg, model)
+    guidance_of(cfg, model)
+    check_few_step(cfg)
     size = video_size(cfg, multiple=autoencoder.spatial_stride * model.patch_size)
     num_latent_frames = autoencoder.latent_shape(cfg.num_frames, *size)[1]
     given = given_frames(cfg.cond_type, is_causal=autoencoder.is_causal)
@@ -49,7 +53,24 @@ def _on_meta(section: Mapping[str, Any], *, where: str) -> Any:
         return build({k: v for k, v in section.items() if k != "from_pretrained"}, MODELS, where=where)
 
 
-def check_given_frames(cfg: InferenceConfig, model: Denoiser) -> None:
+def guidance_of(cfg: InferenceConfig, model: Denoiser) -> Guidance:
+    """The scales that apply to the task.
+
+    Raises:
+        ValueError: a task that the model does not know or has no references for, or scales without an effect.
+    """
+    _check_given_frames(cfg, model)
+    guidance = Guidance(
+        text=cfg.guidance,
+        image=cfg.guidance_img,
+        text_osci=cfg.text_osci,
+        image_osci=cfg.image_osci,
+        scale_temporal_osci=cfg.scale_temporal_osci,
+    )
+    return guided_by_sound(cfg, guidance.for_task(cfg.cond_type), model)
+
+
+def _check_given_frames(cfg: InferenceConfig, model: Denoiser) -> None:
     """Raises ValueError: a task that the model does not know, or one with references where it takes none."""
     if any(given_frames(cfg.cond_type, is_causal=True)) and "visual" not in model.condition_names:
         raise ValueError(f"cond_type={cfg.cond_type!r} needs a model with cond_embed=True; use cond_type='t2v'")

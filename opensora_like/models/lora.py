@@ -16,6 +16,8 @@ ADAPTER = "default"
 # what peft.LoraConfig takes that would train, or add, more than adapters of linears
 REFUSED = ("modules_to_save", "trainable_token_indices", "layer_replication", "megatron_config", "megatron_core")
 
+KEEPS_WEIGHTS = (True, False, "gaussian", "orthogonal")  # values of init_lora_weights; the others change what is frozen
+
 
 def add_lora(model: nn.Module, lora_config: Mapping[str, Any], *, seed: int) -> None:
     """Freeze `model` and put trainable float32 adapters into its linears; its outputs stay what they were.
@@ -41,6 +43,11 @@ def add_lora(model: nn.Module, lora_config: Mapping[str, Any], *, seed: int) -> 
             raise ValueError(f"lora_config.{key}={lora_config[key]!r} is not supported: only adapters are trained")
     if lora_config.get("bias", "none") != "none":
         raise ValueError(f"lora_config.bias={lora_config['bias']!r}: only adapters are trained; use 'none'")
+    if (begins := lora_config.get("init_lora_weights", True)) not in KEEPS_WEIGHTS:
+        raise ValueError(
+            f"lora_config.init_lora_weights={begins!r} changes the frozen weights, which neither checkpoints nor "
+            f"exported adapters hold; use one of {KEEPS_WEIGHTS}"
+        )
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

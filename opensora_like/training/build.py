@@ -64,6 +64,7 @@ from opensora_like.training.throughput import build_throughput
 from opensora_like.training.trainable import choose_trainable, lr_scales_of
 from opensora_like.training.trainer import Run, Schedule
 from opensora_like.training.validation import Observer, Watched, build_watch
+from opensora_like.training.weight_checks import check_before_weights
 
 
 def build_run(
@@ -93,6 +94,7 @@ def build_run(
     scheduler = build(cfg.scheduler, SCHEDULERS, where="scheduler", patch_size=outline.model.patch_size)
     length = epoch_length(cfg, dataset)
     make_schedule(cfg, booster, TrainState(), length=length)  # refuses what it has to before weights are made and read
+    check_before_weights(cfg, outline, dataset, scheduler, cached)
     unfilled = build_unfilled(cfg, booster, runtime.world_size)  # from here on weights are made and read
     model = build_model(cfg) if unfilled is None else unfilled.model
     tensor_group = getattr(booster, "tensor_group", None)

@@ -101,7 +101,8 @@ def _check_experts(cfg: RunConfig, settings: Distill) -> None:
         )
 
 
-def _check_generator(model: Denoiser) -> None:
+def check_generator(model: Denoiser) -> None:
+    """Raises ValueError: a model that puts given frames in the place of noise."""
     takes_frames = "visual" in model.condition_names and hasattr(model, "start_of")
     if getattr(model, "token_replace", False) or takes_frames:
         raise ValueError(
@@ -132,7 +133,7 @@ def prepare_distilled(
         ValueError: settings that do not fit the model, or weights that do not.
     """
     settings = check_distill(cfg)
-    _check_generator(generator)
+    check_generator(generator)
     null = null_conditions(encode.encoders, settings)  # before anything that takes long
     device, dtype = runtime.device, rt.DTYPES[cfg.dtype]
     forward = booster.prepare(nn.ModuleDict({GENERATOR: generator}), make_optimizer)[GENERATOR]

@@ -10,6 +10,12 @@ from torch import Tensor
 from opensora_like.boosters.base import Booster
 
 
+def check_decay(decay: float) -> None:
+    """Raises ValueError: not in [0, 1)."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema_decay={decay} must be in [0, 1); 0.999 to 0.9999 are usual")
+
+
 class EMA:
     """``ema = d * ema + (1 - d) * master`` after every update, with d rising to `decay`.
 
@@ -27,8 +33,7 @@ class EMA:
     def __init__(
         self, booster: Booster, decay: float, *, updates_of: Callable[[int], int | None] = lambda step: step
     ) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay={decay} must be in [0, 1); 0.999 to 0.9999 are usual")
+        check_decay(decay)
         self.decay = decay
         self._booster, self._updates_of = booster, updates_of
         self.shards: dict[str, Tensor] = {name: shard.clone() for name, shard in booster.master_shards()}

@@ -14,7 +14,7 @@ def choose_trainable(cfg: RunConfig, model: nn.Module) -> None:
     """Freeze what `trainable_modules` does not name; nothing where it is None.
 
     Raises:
-        ValueError: no pattern, one that is in no parameter's name, or `lora_config` beside it.
+        ValueError: no pattern, one that is in no parameter's name or means all, or `lora_config` beside it.
     """
     patterns = cfg.trainable_modules
     if patterns is None:
@@ -26,6 +26,8 @@ def choose_trainable(cfg: RunConfig, model: nn.Module) -> None:
     names = [name for name, _ in model.named_parameters()]
     if not patterns:
         raise ValueError("trainable_modules=[] trains nothing; name parts of parameters' names, or leave it at None")
+    if "." in patterns:  # which VideoX-Fun's recipes write for all; names at the top of a model have none
+        raise ValueError("trainable_modules with '.' is meant for all parameters; leave it at None, which trains all")
     for pattern in patterns:
         _check_found(pattern, names, where="trainable_modules")
     for name, parameter in model.named_parameters():

@@ -147,15 +147,19 @@ def test_an_adapted_linear_is_the_recorded_one() -> None:
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("form", ["peft", "kohya"])
+@pytest.mark.parametrize("form", ["peft", "file of peft", "kohya"])
 def test_merged_equals_the_trained_forward(form: str, use_rslora: bool, tmp_path: Path) -> None:
-    """Written, read and merged into the plain model; and read into one that goes on training. alpha is not the rank."""
+    """Written, read and merged into the plain model; and read into one that goes on training. alpha is not the rank.
+
+    Of peft's folder the file may be named as well: its settings lie beside it.
+    """
     config = CONFIG | {"use_rslora": use_rslora}
     model = trained(config)
     expected = forward(model)
     assert (expected - forward(wan())).abs().max() > 1e-2
-    if form == "peft":
-        source = str(write_peft(model, config, tmp_path / "peft"))
+    if form != "kohya":
+        folder = write_peft(model, config, tmp_path / "peft")
+        source = str(folder if form == "peft" else folder / "adapter_model.safetensors")
     else:
         source = str(tmp_path / "lora.safetensors")
         save_file({n: t.contiguous() for n, t in to_kohya(weights_of(model), config, wan()).items()}, source)

@@ -105,6 +105,18 @@ def test_sizes_are_equally_likely() -> None:
         assert abs(count - num / 3) < 5 * math.sqrt(num / 3)
 
 
+def test_clips_alone_have_no_buckets_of_images(capsys: pytest.CaptureFixture[str]) -> None:
+    """The sizes of FantasyTalking's commands, which name none for images: from 256 up to the video's, all 81 frames."""
+    flags = ["--token_sample_size", "512", "--video_sample_n_frames", "81", "--video_sample_size"]
+    found = []
+    for size in ("512", "200"):
+        assert prepare([*flags, size])() == 0
+        scope: dict = {}
+        exec(capsys.readouterr().out, scope)
+        found.append({name: list(frames) for name, frames in scope["bucket_config"].items() if name != "_delete_"})
+    assert found == [{"256px": [81], "384px": [81], "512px": [81]}, {"200px": [81]}]
+
+
 def test_the_tool_prints_a_table_for_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     """What it prints is Python; a wrong number is named."""
     sizes = ["--image_sample_size", "1024", "--video_sample_size", "256", "--token_sample_size", "512"]

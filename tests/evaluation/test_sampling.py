@@ -113,6 +113,23 @@ def test_a_file_of_other_settings_is_not_taken_for_this_one(checkpoint: str, tmp
         run(*common, "--seed", "1")
 
 
+def test_adapters_that_were_trained_on_are_other_ones(checkpoint: str, tmp_path: Path) -> None:
+    """A run's folder means its newest checkpoint, for adapters as for weights: a file of an older one is not taken."""
+    training = ["--lora_config", "{'r': 2, 'target_modules': ['qkv']}", "--ema_decay", "None"]
+    train_toy(tmp_path, *training, "--steps", "1")
+    run_folder = str(tmp_path / "toy")
+    other = f"dict(boundary=0.5, ckpt_path={checkpoint!r}, lora_checkpoint={run_folder!r})"
+    common = ["--ckpt-path", checkpoint, "--prompt", "a cat"]
+    asked = {"own": ["--lora-checkpoint", run_folder], "other": ["--other_expert", other]}
+    for name, adapters in asked.items():
+        common_of = [*common, *adapters, "--save-dir", str(tmp_path / name)]
+        assert len(run(*common_of)) == 1 and run(*common_of) == []
+    train_toy(tmp_path, *training, "--steps", "2", "--load", "latest")
+    for name, adapters in asked.items():
+        with pytest.raises(ValueError, match=r"is there and was made with .*global_step1.*, now it is .*global_step2"):
+            run(*common, *adapters, "--save-dir", str(tmp_path / name))
+
+
 def test_what_a_file_was_made_from_stands_beside_it(checkpoint: str, tmp_path: Path) -> None:
     """Caption as text; prompt, seed and every setting that matters as JSON; frames at the asked rate."""
     arguments = ["--ckpt-path", checkpoint, "--prompt", "a cat", "--save-dir", str(tmp_path), "--num-sample", "2"]
@@ -254,6 +271,9 @@ def test_damaged_frames_that_the_task_takes_are_found_first(tmp_path: Path, cond
         (None, [*GIVEN, "{folder}/ok.png", "--cond-type", "v2v_head"], "num_frames=5: .*is given 33 frames"),
         (None, [*GIVEN, "{folder}/ok.png", "--cond-type", "v2v_head", "--num-frames", "37"], "takes 33 .*it has 1$"),
         (None, [*GIVEN, "{folder}/ok.png", "--model.cond-embed", "False"], "needs a model with cond_embed=True"),
+        (None, ["--prompt", "a", "--sampler", "few_step"], "needs few_step_times"),
+        (None, ["--prompt", "a", "--audio-guidance", "2.0"], "audio_guidance=2.0: the denoiser hears nothing"),
+        (None, ["--prompt", "a", "--lora-checkpoint", "{folder}/gone"], "gone' does not exist"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(
@@ -272,7 +292,7 @@ def test_mistakes_are_named_before_anything_is_loaded(
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
     for name in ("build_frozen", "VideoGenerator"):  # whatever would load weights fails with another error
         monkeypatch.setattr(sampling, name, None)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run("--ckpt-path", checkpoint, "--save-dir", str(tmp_path / "out"), *given, *arguments)
     assert not list(tmp_path.glob("out/*.mp4"))
 

@@ -267,6 +267,19 @@ def test_published_files_are_read(tmp_path):
     assert set(read_weights(added)) == {"proj_model", "audio_processor"}
 
 
+def test_weights_that_were_trained_further_are_not_replaced(tmp_path):
+    """A fine-tuned file has the added weights itself: with others beside it nobody knows which are meant."""
+    model = speaking()
+    _, added = published_files(model, tmp_path)
+    both, tuned = FantasyTalking(**SIZES, **AUDIO, audio_pretrained=str(added)), tmp_path / "tuned.safetensors"
+    save_file(model.state_dict(), tuned)
+    assert load_pretrained(both, str(tuned), where="model.from_pretrained", strict=True).fits  # they are the same
+    model.proj_model.norm.weight.data.add_(1)
+    save_file(model.state_dict(), tuned)
+    with pytest.raises(ValueError, match=r"has 1 of the tensors of model.audio_pretrained=.*norm.weight.* to None"):
+        load_pretrained(both, str(tuned), where="model.from_pretrained", strict=True)
+
+
 def test_layouts_convert_both_ways():
     """To the original layout and back nothing is lost, of the whole and of what is added alone."""
     own = speaking().state_dict()

@@ -177,6 +177,15 @@ def test_the_tool_prints_the_plan_and_fills_batches(plan):
     assert code == 2 and errors.startswith("plan.py: --mfu 0.0 is a share")
 
 
+def test_what_is_not_counted_is_told(plan):
+    """Adapters and the second model of a distillation; a plain run has no such line."""
+    lora = ["--lora_config", "{'r': 2, 'target_modules': ['q_proj']}"]
+    code, out, errors = plan("--distill", "dict()", *lora)
+    assert code == 0, errors
+    assert "not counted: lora_config and distill; memory and times are of one model" in out
+    assert "trained whole" not in plan()[1]
+
+
 def test_an_epoch_is_that_of_the_table(plan, tmp_path):
     """Steps and hours are those of epoch 0 of a table, whole or in shards: a step takes as long as its slowest rank."""
     frames = np.random.default_rng(0).choice([1, 6, 30], 2000)

@@ -303,6 +303,32 @@ def test_mistakes_are_named(distill: str, more: list[str], message: str, tmp_pat
         build_toy(tmp_path, "--distill", distill, "--booster", DDP, *more)
 
 
+WINDOW = ["--scheduler.t_max", "0.5", "--scheduler.window", "truncate"]
+LOW = "boundary=0.5, before=dict(from_pretrained={!r})"
+
+
+@pytest.mark.parametrize(
+    ("distill", "more", "message"),
+    [
+        (f"times=(1.0,), {LOW.format(str(ROOT))}", WINDOW, r"of the times \[1.0\] .* 1 are the high expert's and 0"),
+        (LOW.format("gone"), WINDOW, "distill.before.from_pretrained='gone' does not exist"),
+        ("", ["--lr_scales", "{'qkw': 2.0}"], "lr_scales: 'qkw' is in none"),
+        ("", ["--lr_scales", "{'qkv': -1.0}"], "must be 0 or more"),
+        ("", ["--ema_decay", "2.0"], "ema_decay=2.0"),
+        ("", ["--lora_checkpoint", "gone"], "lora_checkpoint='gone' is used with lora_config only"),
+        ("", ["--lora_checkpoint", "gone", "--lora_config", LORA], "lora_checkpoint='gone' does not exist"),
+        ("", ["--lora_config", LORA.replace("qkv", "qkw").replace("proj", "x").replace("linear1", "y")], "linears end"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    distill: str, more: list[str], message: str, tmp_path: Path
+) -> None:
+    """Weights that are not there are not missed: reading those of a large model takes minutes."""
+    weights = ["--model.from_pretrained", "nowhere", "--distill", f"dict({distill})", "--booster", DDP]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build_toy(tmp_path, *weights, *more)
+
+
 def test_the_low_expert_goes_on_from_the_high_one(teacher: Path, tmp_path: Path) -> None:
     """Steps above the boundary are walked by the frozen expert, the others by the generator; scores stay below it."""
     before = f"dict(times=(1.0, 0.75, 0.5, 0.25), boundary=0.6, before=dict(from_pretrained={str(teacher)!r}))"
@@ -364,4 +390,5 @@ def test_a_store_of_latents_is_enough(tmp_path: Path) -> None:
     runs = [train_toy(tmp_path / n, *plain, *distill, *data) for n, data in (("a", videos), ("b", latents))]
     assert_same(*runs)
     with pytest.raises(ValueError, match="of 'grey' there is none"):
-        build_toy(tmp_path / "c", *plain, *distill, "--distill.negative_prompt", "grey", *latents)
+        weights = ["--model.from_pretrained", "nowhere"]  # which is not looked for before
+        build_toy(tmp_path / "c", *plain, *distill, *weights, "--distill.negative_prompt", "grey", *latents)

@@ -185,6 +185,7 @@ def test_another_run_begins_from_adapters(base: Path, whole, tmp_path: Path) -> 
         (["--lora_config", "{'rank': 2, 'target_modules': ['qkv']}"], "rank"),
         (["--lora_config", "{'r': 2, 'target_modules': ['qqq']}"], "qqq.*linears end in"),
         (["--lora_config", "{'r': 2, 'target_modules': ['qkv'], 'modules_to_save': ['x']}"], "modules_to_save"),
+        (["--lora_config", LORA[:-1] + ", 'init_lora_weights': 'pissa'}"], "'pissa' changes the frozen weights"),
         (["--lora_checkpoint", "x"], "lora_config only"),
     ],
 )

@@ -281,7 +281,7 @@ def test_settings_of_sound_are_not_ignored(trained: Path, sounds: Path, tmp_path
     with pytest.raises(ValueError, match="does not exist"):
         plan(sampling(tmp_path, *given, "--audio", "gone.wav"), runtime)
     with pytest.raises(ValueError, match=r"set guidance_img=1\.0"):
-        VideoGenerator(sampling(tmp_path, *given, "--guidance_img", "3.0"), CPU)
+        plan(sampling(tmp_path, *given, "--guidance_img", "3.0"), runtime)
     with pytest.raises(ValueError, match="belongs to --prompt"):
         read_prompts(sampling(tmp_path, "--prompts", "p.csv", "--audio", "a.wav"))
     cfg = sampling(tmp_path, *given, "--audio", str(sounds / "short.wav"))

@@ -126,6 +126,7 @@ def test_from_random_weights_only_the_export_is_whole(tmp_path: Path) -> None:
     [
         (["--trainable_modules", "['atn.']"], r"trainable_modules: 'atn.' is in none of .* there are .*attn"),
         (["--trainable_modules", "[]"], "trains nothing"),
+        (["--trainable_modules", "['.']"], "leave it at None, which trains all"),
         (
             ["--trainable_modules", "['attn']", "--lora_config", "{'r': 2, 'target_modules': ['qkv']}"],
             "both set.*remove one",

@@ -1,7 +1,7 @@
 """Fine-tune the high-noise expert of Wan 2.2 text-to-video; times are drawn from 0.875 up alone.
 
 torchrun --nproc_per_node 8 scripts/diffusion/train.py configs/diffusion/train/wan2_2_t2v_a14b_high.py \
-    --dataset.data-path metadata.json
+    --dataset.data-path datasets/metadata_meta.csv
 Hardware: 8 GPUs of 80 GB; with --lora-config less. Memory, s/step and loss: not measured yet.
 """
 

@@ -1,7 +1,7 @@
 """Fine-tune the low-noise expert of Wan 2.2 text-to-video; times are drawn from below 0.875 alone.
 
 torchrun --nproc_per_node 8 scripts/diffusion/train.py configs/diffusion/train/wan2_2_t2v_a14b_low.py \
-    --dataset.data-path metadata.json
+    --dataset.data-path datasets/metadata_meta.csv
 Hardware: as wan2_2_t2v_a14b_high.py.
 """
 

@@ -1,7 +1,7 @@
 """Fine-tune Wan 2.2 TI2V-5B on videos: half of the samples with their first frame given, which no loss is taken of.
 
 torchrun --nproc_per_node 8 scripts/diffusion/train.py configs/diffusion/train/wan2_2_ti2v_5b.py \
-    --dataset.data-path metadata.json
+    --dataset.data-path datasets/metadata_meta.csv
 Hardware: 8 GPUs of 80 GB. Memory, s/step and loss: not measured yet. Sides are multiples of 32.
 """
 
