@@ -22,9 +22,10 @@ def check_numbers(*, dtype: str, grad_clip: float, dtypes: tuple[str, ...]) -> N
 
 def sum_of_squares(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     """Of all elements. Returns: float64 scalar on `device`, so that no large finite gradient overflows in it."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    if not norms:
+    gradients = list(gradients)
+    if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # on a GPU some kernels for all, not one for each
     return torch.stack(norms).double().square().sum()
 
 

@@ -120,7 +120,7 @@ class Encode:
         if video is not None:
             video = video.to(self._device, non_blocking=True)
         if batch.places is None:
-            return video if self._sharing is None else video[own]
+            return video if self._sharing is None else _samples(video, own)
         if missing := len(own) - len(batch.places):
             grey = torch.zeros(missing, 3, shape.num_frames, shape.height, shape.width, device=self._device)
             video = grey if video is None else torch.cat([video, grey])
@@ -160,7 +160,8 @@ class Encode:
             visual, given_BT = wan_i2v.training_condition(self.autoencoder, video, tasks)
         else:
             references = {name: z.to(self._device, non_blocking=True) for name, z in batch.references.items()}
-            visual, given_BT = visual_condition(self.autoencoder, video, x0[own], tasks, references=references)
+            latents = _samples(x0, own)
+            visual, given_BT = visual_condition(self.autoencoder, video, latents, tasks, references=references)
         found = {"visual": visual}
         for name in self._names["image"]:
             found[name] = self.encoders[name].encode_images(wan_i2v.first_given(video, tasks))
@@ -181,7 +182,7 @@ class Encode:
             embeddings = self._sharing.joined(own, len(batch), batch.index)
         if not self._dropout.get(name, 0.0):
             return embeddings
-        dropped = torch.from_numpy(self._dropped(name, batch)).to(embeddings.device)
+        dropped = torch.from_numpy(self._dropped(name, batch)).to(embeddings.device, non_blocking=True)
         null = self.encoders[name].encode([""])
         return torch.where(dropped.view(-1, *[1] * (embeddings.ndim - 1)), null, embeddings)
 
@@ -189,6 +190,11 @@ class Encode:
         """Which samples lose their caption, or their sound. Returns: bool [B]."""
         drawn = rng.uniform(self._seed, f"drop_{name}", batch.epoch, np.asarray(batch.rows))
         return drawn < self._dropout.get(name, 0.0)
+
+
+def _samples(whole: Tensor, places: list[int]) -> Tensor:
+    """Those at `places`. A list as index is copied to the device, and the host waits until all before it is done."""
+    return whole if places == list(range(len(whole))) else torch.stack([whole[i] for i in places])
 
 
 def check_conditions(

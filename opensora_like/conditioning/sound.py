@@ -45,7 +45,7 @@ def without_sound(heard_BKD: Tensor, dropped: np.ndarray) -> Tensor:
     Args:
         dropped: bool [B].
     """
-    kept = torch.from_numpy(~dropped).to(heard_BKD)
+    kept = torch.from_numpy(~dropped).to(heard_BKD, non_blocking=True)
     return heard_BKD * kept[:, None, None]
 
 

@@ -75,7 +75,7 @@ class Wav2Vec2AudioEncoder(nn.Module):
         device = next(self.model.parameters()).device
         found = []
         for wave in waveforms:
-            wave = wave.to(device, torch.float32)
+            wave = wave.to(device, torch.float32, non_blocking=True)
             if self._normalizes:
                 wave = (wave - wave.mean()) / torch.sqrt(wave.var(unbiased=False) + 1e-7)
             found.append(self.model(wave[None]).last_hidden_state[0])
@@ -103,7 +103,7 @@ class LoudnessEncoder(nn.Module):
         check_waveforms(waveforms, sample_rate, least=HOP, where="loudness encoder")
         found = []
         for wave in waveforms:
-            blocks = wave.to(self.one.device, torch.float32)[: len(wave) // HOP * HOP].view(-1, HOP)
+            blocks = wave.to(self.one.device, torch.float32, non_blocking=True)[: len(wave) // HOP * HOP].view(-1, HOP)
             rms_K = blocks.square().mean(dim=1).sqrt()
             decibel_K = (1 + 20 * torch.log10(rms_K.clamp_min(1e-9)) / QUIET_DB).clamp(0, 1)
             ends = torch.arange(len(decibel_K), device=decibel_K.device)

@@ -12,6 +12,9 @@ from torch import Tensor
 class EmbeddingCache:
     """Embeddings of the captions used last.
 
+    What a GPU made and the CPU keeps is in page-locked memory. It is copied there and back in the order of the GPU's
+    own work, so the host waits for neither; nor does it read any.
+
     Args:
         size: most captions kept; 0 keeps none.
         keep_on_cpu: keep them on the CPU, whatever device made them.
@@ -50,12 +53,14 @@ class EmbeddingCache:
             found |= zip(chunk, run(chunk).unbind(), strict=True)
         for text, embedding in found.items():
             self._keep((text, length), embedding)
-        return torch.stack([found[text].to(device) for text in texts])
+        return torch.stack([found[text].to(device, non_blocking=True) for text in texts])
 
     def _keep(self, key: tuple[str, int], embedding: Tensor) -> None:
         if key not in self._kept and self._size:
             # a copy, since a view would keep the memory of its whole chunk
-            self._kept[key] = embedding.to("cpu" if self._keep_on_cpu else embedding.device, copy=True)
+            home, pinned = ("cpu", embedding.is_cuda) if self._keep_on_cpu else (embedding.device, False)
+            place = torch.empty(embedding.shape, dtype=embedding.dtype, device=home, pin_memory=pinned)
+            self._kept[key] = place.copy_(embedding, non_blocking=True)
         if key in self._kept:
             self._kept.move_to_end(key)
         while len(self._kept) > self._size:

@@ -69,7 +69,7 @@ class CLIPImageEncoder(nn.Module):
         Returns: [B, L, D], the class token first; on the encoder's device.
         """
         weight = next(self.model.parameters())
-        pixels = prepared(images_BCHW, self._prepare).to(weight)
+        pixels = prepared(images_BCHW, self._prepare).to(weight, non_blocking=True)
         return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[LAYER]
 
 

@@ -111,7 +111,8 @@ class LLMTextEncoder(FrozenEncoder):
     def _run(self, texts: Sequence[str]) -> Tensor:
         skipped = self._prompt.num_before
         prompts = [self._prompt.around(text) for text in texts]
-        ids_BL, mask_BL = (part.to(self.device) for part in self._tokenize(prompts, skipped + self.max_length))
+        ids_BL, mask_BL = self._tokenize(prompts, skipped + self.max_length)
+        ids_BL, mask_BL = (part.to(self.device, non_blocking=True) for part in (ids_BL, mask_BL))
         out = self.model(
             input_ids=ids_BL, attention_mask=mask_BL.long(), output_hidden_states=True, use_cache=False
         ).hidden_states[self._layer]
@@ -203,15 +204,14 @@ class LLaVATextEncoder(nn.Module):
             raise ValueError(f"llava encoder: {len(images_BCHW)} images for captions {texts!r}; give one for each")
         weight = next(self.model.parameters())
         prompts = [self._prompt.around(text.replace(IMAGE, "")) for text in texts]
-        ids_BL, mask_BL = (
-            p.to(weight.device) for p in self._tokenize(prompts, self._prompt.num_before + self._num_text)
-        )
-        ids, mask, place = self._with_image(ids_BL, mask_BL)
+        ids_BL, mask_BL = self._tokenize(prompts, self._prompt.num_before + self._num_text)
+        ids, mask, place = self._with_image(ids_BL, mask_BL)  # on the CPU: what it finds decides shapes
+        ids_BL, mask_BL, ids, mask = (p.to(weight.device, non_blocking=True) for p in (ids_BL, mask_BL, ids, mask))
         states = self.model.model(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=(mask.long().cumsum(dim=-1) - 1).masked_fill(~mask, 1),
-            pixel_values=prepared(images_BCHW, self._prepare).to(weight),
+            pixel_values=prepared(images_BCHW, self._prepare).to(weight, non_blocking=True),
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states[self._layer]

@@ -171,7 +171,8 @@ class T5TextEncoder(FrozenEncoder):
     def _run(self, texts: Sequence[str], length: int) -> Tensor:
         # cut at max_length first, so that pad_to never lets more of a caption in
         ids_BL = self._tokenize(texts, self.max_length)
-        ids_BL = nn.functional.pad(ids_BL, (0, length - self.max_length), value=self._pad_id).to(self.device)
+        ids_BL = nn.functional.pad(ids_BL, (0, length - self.max_length), value=self._pad_id)
+        ids_BL = ids_BL.to(self.device, non_blocking=True)
         mask = None if self._attend_padding else (ids_BL != self._pad_id).long()
         return self.model(input_ids=ids_BL, attention_mask=mask).last_hidden_state
 
@@ -240,7 +241,7 @@ class UMT5TextEncoder(FrozenEncoder):
 
     @torch.no_grad()
     def _run(self, texts: Sequence[str]) -> Tensor:
-        ids_BL = self._tokenize(texts, self.max_length).to(self.device)
+        ids_BL = self._tokenize(texts, self.max_length).to(self.device, non_blocking=True)
         mask_BL = ids_BL != self._pad_id
         out_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
         out_BLD = out_BLD.masked_fill(~mask_BL[..., None], 0.0)
@@ -311,5 +312,5 @@ class CLIPTextEncoder(FrozenEncoder):
 
     @torch.no_grad()
     def _run(self, texts: Sequence[str]) -> Tensor:
-        ids_BL = self._tokenize(texts, self.max_length).to(self.device)
+        ids_BL = self._tokenize(texts, self.max_length).to(self.device, non_blocking=True)
         return self.model(input_ids=ids_BL).pooler_output

@@ -196,7 +196,7 @@ def guided_velocity(
     def velocity(x: Tensor, t_B: Tensor, step: int) -> Tensor:
         text, image = guidance_scales(step, num_steps, guidance=guidance, num_latent_frames=x.shape[2])
         if isinstance(image, Tensor):
-            image = image.to(x.device).view(1, 1, -1, 1, 1)
+            image = image.to(x.device, non_blocking=True).view(1, 1, -1, 1, 1)
             factors = (text, 1.0, 1.0)  # what matters below is only whether one is 0
         else:
             factors = (text, image - text, 1 - image)

@@ -11,6 +11,9 @@ from opensora_like.registry import nearest
 from opensora_like.settings import RunConfig
 
 NETWORKS = ("encoder", "decoder")  # of an autoencoder; tiling and slicing around them stay as they are
+# of one function. torch's own 8 do not hold the first block and the others, one sample, two or more, lengths that vary,
+# and forwards with and without gradients; what comes after them would run uncompiled, with a warning in the log alone
+MOST_VERSIONS = 64
 
 
 def check_backend(name: str, *, where: str) -> None:
@@ -22,6 +25,11 @@ def check_backend(name: str, *, where: str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if name not in known:
         raise ValueError(f"{where}={name!r}: {nearest(name, known)}")
+
+
+def _allow_versions() -> None:
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MOST_VERSIONS)
 
 
 def compile_parts(cfg: RunConfig, model: Denoiser, autoencoder: Autoencoder) -> None:
@@ -48,6 +56,7 @@ def compile_blocks(model: nn.Module, backend: str) -> int:
     where = f"compile_blocks={backend!r}"
     check_backend(backend, where="compile_blocks")
     blocks = [block for _, block in modules_at(model, plan_of(model, where=where).blocks)]
+    _allow_versions()
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)
@@ -70,5 +79,6 @@ def compile_autoencoder(autoencoder: Autoencoder, backend: str) -> None:
             f"compile_autoencoder={backend!r}: {type(autoencoder).__name__} has no {' and '.join(NETWORKS)} to "
             "compile; remove the setting"
         )
+    _allow_versions()
     for network in found.values():
         network.compile(backend=backend)

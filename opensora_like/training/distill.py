@@ -219,4 +219,4 @@ class Draws:
         """At which the scores look, within the scheduler's window. Returns: float32 [B]."""
         epoch, rows = self._batch.epoch, self._batch.rows
         generators = [rng.generator(self._seed, "distill t", epoch, row) for row in rows]
-        return scheduler.draw_t(generators, tuple(self.like.shape[2:])).to(self.like.device)
+        return scheduler.draw_t(generators, tuple(self.like.shape[2:])).to(self.like.device, non_blocking=True)

@@ -59,7 +59,7 @@ class FlowMatchingStep:
         inputs = self.encode(batch)
         x0 = inputs.x0_BCTHW
         times = [rng.generator(self._seed, "t", batch.epoch, row) for row in batch.rows]
-        t_B = self.scheduler.draw_t(times, tuple(x0.shape[2:])).to(x0.device)
+        t_B = self.scheduler.draw_t(times, tuple(x0.shape[2:])).to(x0.device, non_blocking=True)
         noise = draw_noise(x0.shape, self._seed, batch.epoch, batch.rows, device=x0.device)
         if self._dropout:  # or what is dropped would depend on where the run was resumed
             torch.manual_seed(rng.seed_of(self._seed, "dropout", batch.epoch, *batch.rows))

@@ -14,7 +14,8 @@ from opensora_like.models.autoencoders.dc_ae import DCAE
 from opensora_like.models.autoencoders.hunyuan_vae import HunyuanVAE
 from opensora_like.models.autoencoders.patch import PatchAutoencoder
 from opensora_like.models.autoencoders.wan_vae import WanVAE
-from opensora_like.training.compilation import compile_autoencoder
+from opensora_like.models.mmdit.model import MMDiT
+from opensora_like.training.compilation import compile_autoencoder, compile_blocks
 from opensora_like.training.device_feed import DeviceFeed
 from tests.training.harness import tensors_of, train_toy
 
@@ -65,6 +66,20 @@ def test_compiled_blocks_train_to_the_same_weights(tmp_path: Path, booster: str)
     assert compiled.keys() == plain.keys()
     for name, tensor in compiled.items():
         torch.testing.assert_close(tensor, plain[name], atol=1e-5, rtol=1e-4)
+
+
+def test_every_bucket_runs_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of several sizes and lengths, with gradients and, as in validation, without."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    sizes = {"in_channels": 4, "vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 32, "num_heads": 2}
+    model = MMDiT(**sizes, depth=2, depth_single_blocks=0, axes_dim=(4, 6, 6), patch_size=1)
+    compile_blocks(model, "eager")
+    for with_gradients in (True, False):
+        for shape in ((2, 4, 3, 4, 4), (2, 4, 5, 4, 6), (1, 4, 9, 6, 4), (4, 4, 1, 8, 8)):
+            conditions = {"text": torch.zeros(shape[0], 5, 8), "pooled": torch.zeros(shape[0], 8)}
+            with torch.set_grad_enabled(with_gradients):
+                model(torch.zeros(shape), torch.full((shape[0],), 0.5), conditions)
+    assert counters["frames"]["total"] == counters["frames"]["ok"] > 0
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)

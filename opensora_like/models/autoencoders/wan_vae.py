@@ -144,13 +144,17 @@ class WanVAE(nn.Module):
         return draw_latents(*self._normed(mean, log_variance), generator)
 
     def _normed(self, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tensor]:
-        norm = self._std.to(mean.device)
-        return (mean.float() - self._mean.to(mean.device)) / norm, torch.exp(0.5 * log_variance.float()) / norm
+        centre, norm = self._norms_on(mean.device)
+        return (mean.float() - centre) / norm, torch.exp(0.5 * log_variance.float()) / norm
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         """Pixels [B, 3, (T-1)*4+1, H*8, W*8] (of "2.2": 16), clipped to [-1, 1], in the dtype of the weights."""
-        z = z_BCTHW.float() * self._std.to(z_BCTHW.device) + self._mean.to(z_BCTHW.device)
-        return self.model.decode(z.to(self.model.dtype)).sample
+        centre, norm = self._norms_on(z_BCTHW.device)
+        return self.model.decode((z_BCTHW.float() * norm + centre).to(self.model.dtype)).sample
+
+    def _norms_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the channels."""
+        return self._mean.to(device, non_blocking=True), self._std.to(device, non_blocking=True)
 
 
 def _check_tiles(tile_size: int, tile_stride: int, multiple: int) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
-from opensora_like.models.layers import Attention, Rope
+from opensora_like.models.layers import Attention, Rope, rms_norm
 
 
 class Context(NamedTuple):
@@ -37,10 +37,10 @@ class WidthRMSNorm(nn.Module):
         self.mean_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mean_over_ranks is None:
+            return rms_norm(x, self.weight, self.eps)
         wide = x.float()
-        mean_square = wide.square().mean(dim=-1, keepdim=True)
-        if self.mean_over_ranks is not None:
-            mean_square = self.mean_over_ranks(mean_square)
+        mean_square = self.mean_over_ranks(wide.square().mean(dim=-1, keepdim=True))
         return (wide * torch.rsqrt(mean_square + self.eps) * self.weight.float()).to(x.dtype)
 
 
