@@ -45,6 +45,6 @@ class EMA:
         if count is None:
             return
         decay = min(self.decay, (1 + count) / (10 + count))
-        names, masters = zip(*self._booster.master_shards(), strict=True)
-        # on a GPU some kernels for all of them, not one for each
-        torch._foreach_lerp_([self.shards[name] for name in names], masters, 1 - decay)
+        masters = dict(self._booster.master_shards())
+        if masters:  # on a GPU some kernels for all of them, not one for each
+            torch._foreach_lerp_([self.shards[name] for name in masters], list(masters.values()), 1 - decay)

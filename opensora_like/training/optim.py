@@ -35,7 +35,7 @@ def optimizer_factory(
     if kind != "SGD" and optim["momentum"]:
         raise ValueError(f"optim.momentum={optim['momentum']} is SGD's; {kind} has betas")
     for name, default in (("betas", Optim.betas), ("eps", Optim.eps)) if kind == "SGD" else ():
-        if optim[name] != default:
+        if optim.get(name, default) != default:
             raise ValueError(f"optim.{name}={optim[name]!r} is Adam's; SGD has none: set it to {default!r}")
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
