@@ -28,7 +28,7 @@ def work(rank: int) -> None:
     found = {}
     for load in ("latest", str(folder / "run")):
         settings = dict.fromkeys(("start_epoch", "start_step"), None) | {"load_weights_only": False}
-        cfg = SimpleNamespace(load=load, load_strict=True, **settings)
+        cfg = SimpleNamespace(load=load, load_strict=True, lora_config=None, trainable_modules=None, **settings)
         state = load_state(cfg, folder / "run", manager, micro_per_step=1)
         found[Path(load).name] = of_all_ranks(state.step, dist.group.WORLD)
     if rank == 0:
