@@ -24,6 +24,11 @@ def video_size(cfg: InferenceConfig, *, multiple: int) -> tuple[int, int]:
             "(and aspect_ratio) or both height and width; --resolution none takes back that of a config"
         )
     if cfg.resolution is None:
+        if cfg.aspect_ratio != InferenceConfig.aspect_ratio:  # a config's own 16:9 stays when a flag gives a size
+            raise ValueError(
+                f"aspect_ratio={cfg.aspect_ratio!r} goes with resolution, and height={cfg.height}, width={cfg.width} "
+                "are given: remove it, or use --height none --width none --resolution 256px"
+            )
         height, width = cfg.height, cfg.width
     else:
         # where training has a shape for the ratio it is that one: the model has seen it

@@ -119,6 +119,7 @@ def test_script_writes_videos_and_images(checkpoint: Path, tmp_path: Path) -> No
         (["--ckpt-path", "{run}"], "--prompt"),
         (["--ckpt-path", "{run}", "--prompt", "x", "--height", "15"], r"height=15 must be a multiple of 2"),
         (["--ckpt-path", "{run}", "--prompt", "x", "--resolution", "16px"], "give either resolution"),
+        (["--ckpt-path", "{run}", "--prompt", "x", "--aspect-ratio", "1:1"], "aspect_ratio='1:1' goes with resolution"),
         (["--ckpt-path", "{run}", "--prompt", "x", "--cond-type", "i2v_haed"], "i2v_head"),
         (["--ckpt-path", "{run}", "--prompt", "x", "--cond-type", "i2v_head"], "no reference"),
         (["--ckpt-path", "{run}", "--prompt", "x", "--model.depth", "2"], "does not fit the model"),
