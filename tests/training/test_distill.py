@@ -323,8 +323,8 @@ LOW = "boundary=0.5, before=dict(from_pretrained={!r})"
 def test_what_does_not_fit_is_refused_before_weights_are_read(
     distill: str, more: list[str], message: str, tmp_path: Path
 ) -> None:
-    """Weights that are not there are not missed: reading those of a large model takes minutes."""
-    weights = ["--model.from_pretrained", "nowhere", "--distill", f"dict({distill})", "--booster", DDP]
+    """That there are none in the file is not found out: reading those of a large model takes minutes."""
+    weights = ["--model.from_pretrained", __file__, "--distill", f"dict({distill})", "--booster", DDP]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         build_toy(tmp_path, *weights, *more)
 
@@ -390,5 +390,5 @@ def test_a_store_of_latents_is_enough(tmp_path: Path) -> None:
     runs = [train_toy(tmp_path / n, *plain, *distill, *data) for n, data in (("a", videos), ("b", latents))]
     assert_same(*runs)
     with pytest.raises(ValueError, match="of 'grey' there is none"):
-        weights = ["--model.from_pretrained", "nowhere"]  # which is not looked for before
+        weights = ["--model.from_pretrained", __file__]  # which is not read before
         build_toy(tmp_path / "c", *plain, *distill, *weights, "--distill.negative_prompt", "grey", *latents)

@@ -82,6 +82,6 @@ def test_bfloat16_stays_near_float32(base: Path, booster: str, tmp_path: Path) -
 
 def test_given_frames_in_the_place_of_noise_are_refused(tmp_path: Path) -> None:
     """What such a model says of them means nothing, and it would be scored. Its weights are not looked for."""
-    model = ["--model.in_channels", "48", "--model.token_replace", "True", "--model.from_pretrained", "nowhere"]
+    model = ["--model.in_channels", "48", "--model.token_replace", "True", "--model.from_pretrained", __file__]
     with pytest.raises(ValueError, match="token_replace=True"):
         train_wan(tmp_path, *model, "--distill", "dict()")
