@@ -42,7 +42,7 @@ def make_folder_once(folder: Path, build: Callable[[Path], None]) -> Path:
     with _locked(folder.parent / ".lock") as alone:
         if folder.is_dir():
             return folder
-        staged = _hidden(folder)
+        staged = hidden_beside(folder)
         for left in folder.parent.glob(f".{glob.escape(folder.name)}.*") if alone else []:
             shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
         staged.mkdir()
@@ -69,15 +69,15 @@ def read_made(folder: Path, build: Callable[[Path], None], read: Callable[[Path]
 
 def remove_folder(folder: Path) -> None:
     """Delete what `make_folder_once` made; nobody sees a part of it. Others may be deleting or reading it, too."""
-    hidden = _hidden(folder)
+    hidden = hidden_beside(folder)
     with contextlib.suppress(FileNotFoundError):  # another process was first
         folder.rename(hidden)
     # what a file system keeps of files that are in use goes with the next one that is made
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _hidden(folder: Path) -> Path:
-    """A name that nobody else takes, and nobody reads."""
+def hidden_beside(folder: Path) -> Path:
+    """A name that nobody else takes, and nobody reads; process ids would not do, in containers all have the same."""
     return folder.parent / f".{folder.name}.{secrets.token_hex(6)}"
 
 

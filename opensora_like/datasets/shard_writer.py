@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opensora_like.datasets.index import new_array, remove_folder
+from opensora_like.datasets.index import hidden_beside, new_array, remove_folder
 from opensora_like.datasets.shards import (
     COLUMN_TYPES,
     COLUMNS,
@@ -51,7 +50,7 @@ def write_shards(
         raise ValueError(f"num_shards={num_shards!r} must be from 1 to {num_rows}, the rows of {str(source)!r}")
     per_shard = ROWS_PER_SHARD if num_shards is None else -(-num_rows // num_shards)
     about = {"name": source.name, "bytes": source.stat().st_size}
-    staged = target.parent / f".{target.name}.{secrets.token_hex(6)}"  # in containers all have one process id
+    staged = hidden_beside(target)
     try:
         staged.mkdir(parents=True)
         write_pieces(tables, staged, num_rows=num_rows, per_shard=per_shard, source=about)

@@ -15,13 +15,7 @@ from torch import Tensor, nn
 
 from opensora_like.models.image_encoders import prepared
 from opensora_like.models.text_encoders import FrozenEncoder
-from opensora_like.models.text_loading import (
-    DTYPES,
-    Precision,
-    check_source,
-    load_model,
-    pipeline_parts,
-)
+from opensora_like.models.text_loading import DTYPES, Precision, check_source, load_model, pipeline_parts
 from opensora_like.models.tiny_encoders import tiny_sizes
 from opensora_like.models.tiny_llm import END_HEADER, IMAGE, special_id, tiny_llama, tiny_llava, tokenize_bytes
 from opensora_like.registry import MODELS

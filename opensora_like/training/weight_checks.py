@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from opensora_like.checkpoint.weights import newest_of
+from opensora_like.checkpoint.weights import found_sources
 from opensora_like.datasets.base import ClipDataset
 from opensora_like.models.base import encoders_of
 from opensora_like.registry import MODELS, resolve
-from opensora_like.runtime import found_by_main
 from opensora_like.schedulers.few_step import shifted
 from opensora_like.settings import RunConfig
 from opensora_like.training.adapters import add_adapters
@@ -52,6 +49,5 @@ def _check_distill(
     for shape in dataset.buckets.shapes:
         latent_shape = outline.autoencoder.latent_shape(shape.num_frames, shape.height, shape.width)[1:]
         own_steps(shifted(settings.times, scheduler, latent_shape), settings, has_before=settings.before is not None)
-    for name, source in (settings.before or {}).items():
-        where = f"distill.before.{name}"
-        found_by_main(lambda source=source, where=where: newest_of(Path(source), where))
+    before = settings.before or {}
+    found_sources(before, list(before), where="distill.before.")
